@@ -1,0 +1,155 @@
+"""One chat-completions call over HTTP, in the wire format of Mistral's API and of every server that speaks it (vLLM among them).
+
+    async with ChatClient("https://api.mistral.ai", key, timeout_seconds=60) as client:
+        reply = await client.complete({"model": "ministral-8b-2512", "messages": [...]})
+        reply.text, reply.finish_reason, reply.num_prompt_tokens
+
+A call is made once; retrying is the caller's. A failure is one of two: CallFailed, which says whether another try can help, or TeacherError, after which no
+call of this run can succeed.
+"""
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+import aiohttp
+
+from nli.errors import TeacherError
+
+KEY_VARIABLE = "MISTRAL_API_KEY"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back. Token counts are None where the server sends no usage."""
+
+    text: str
+    finish_reason: str | None
+    model: str
+    num_prompt_tokens: int | None
+    num_completion_tokens: int | None
+
+
+class CallFailed(Exception):
+    """One call failed. `retryable`: the same call may succeed later; `retry_after`: seconds that the server asks to wait, if it does."""
+
+    def __init__(self, reason: str, retryable: bool, retry_after: float | None = None) -> None:
+        super().__init__(reason)
+        self.retryable = retryable
+        self.retry_after = retry_after
+
+
+def read_api_key(key_file: str = "") -> str:
+    """The API key: from `key_file`, else from MISTRAL_API_KEY in the environment, else from `.env` in the current folder. Raises TeacherError without one."""
+    if key_file:
+        try:
+            key = Path(key_file).read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise TeacherError(f"{key_file}: the key file cannot be read ({error.strerror}).") from None
+    else:
+        from dotenv import dotenv_values
+
+        key = os.environ.get(KEY_VARIABLE, "").strip() or (dotenv_values(".env").get(KEY_VARIABLE) or "").strip()
+    if not key:
+        raise TeacherError(f"No API key. Set {KEY_VARIABLE} in the environment of this machine (of the nodes, on a cluster) or in .env, or give --api-key-file.")
+    return key
+
+
+class Unreachable(CallFailed):
+    """No connection could be made: the call was not sent."""
+
+
+class ChatClient:
+    """A connection pool to one server. Use as an async context manager, or call `close`."""
+
+    def __init__(self, base_url: str, api_key: str, timeout_seconds: float) -> None:
+        self._url = chat_url(base_url)
+        self._headers = {"Authorization": f"Bearer {api_key}", "Content-Type": "application/json"}
+        self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> "ChatClient":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def complete(self, body: Mapping) -> Reply:
+        """Send one request. Raises CallFailed, or TeacherError for a refused key (401, 403) or an unknown address or model (404)."""
+        if self._session is None:
+            connector = aiohttp.TCPConnector(limit=0)
+            self._session = aiohttp.ClientSession(headers=self._headers, timeout=self._timeout, connector=connector)
+        try:
+            async with self._session.post(self._url, data=json.dumps(body)) as response:
+                data = await response.read()
+                if response.status != 200:
+                    raise _failure(self._url, response.status, response.headers.get("Retry-After"), data)
+        except aiohttp.ClientConnectorError as error:
+            raise Unreachable(f"no connection to {self._url} ({error.os_error.strerror or error.os_error})", retryable=True) from None
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise CallFailed(f"the connection broke ({type(error).__name__})", retryable=True) from None
+        except asyncio.TimeoutError:
+            raise CallFailed(f"no answer within {self._timeout.total:g} s", retryable=True) from None
+        return _read_reply(data)
+
+
+def chat_url(base_url: str) -> str:
+    """The chat-completions address of a base URL, which may or may not end in /v1."""
+    return base_url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
+
+
+def _read_reply(data: bytes) -> Reply:
+    try:
+        body = json.loads(data)
+        choice, usage = body["choices"][0], body.get("usage") or {}
+        text = choice["message"]["content"]
+        if isinstance(text, list):  # reasoning models send chunks; the text ones make up the answer
+            text = "".join(chunk.get("text", "") for chunk in text if chunk.get("type") == "text")
+        return Reply(text or "", choice.get("finish_reason"), body.get("model", ""), usage.get("prompt_tokens"), usage.get("completion_tokens"))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        raise CallFailed("the body of the reply is not a chat completion", retryable=True) from None
+
+
+def _failure(url: str, status: int, retry_after: str | None, data: bytes) -> Exception:
+    message = _error_message(data)
+    if status in (401, 403):
+        return TeacherError(f"{url} refuses the API key (HTTP {status}: {message}). Check {KEY_VARIABLE}; finished rows are kept.")
+    if status == 404:
+        return TeacherError(f"{url}: HTTP 404: {message}. Check --base-url and --model; finished rows are kept.")
+    return CallFailed(f"HTTP {status}: {message}", status in (408, 425, 429) or status >= 500, _seconds(retry_after))
+
+
+def _error_message(data: bytes) -> str:
+    try:
+        body = json.loads(data)
+        inner = body.get("error", body)
+        message = inner.get("message") or inner.get("detail") or inner
+    except (ValueError, AttributeError):
+        message = data.decode("utf-8", "replace").strip() or "no message"
+    text = message if isinstance(message, str) else json.dumps(message)
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """Retry-After in seconds: given as seconds or as an HTTP date."""
+    if not retry_after:
+        return None
+    try:
+        return max(0.0, float(retry_after))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except (ValueError, TypeError):
+        return None

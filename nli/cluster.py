@@ -1,0 +1,128 @@
+"""Where rows are computed: join the Ray cluster that is there or start one here, and spread rows over actors.
+
+    with connected(gpu=None):
+        for rows in spread(pending, AskTeacher, (settings,), num_workers=4, batch_size=16, label="thoughts"):
+            ...  # lists of finished rows, in the order in which they finish
+"""
+
+import inspect
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from nli.config import is_submitted_job
+from nli.errors import ConfigError, NLIError
+
+
+@contextmanager
+def connected(gpu: int | None = None) -> Iterator[None]:
+    """A Ray connection for the length of the block.
+
+    Already connected (a pipeline, a test, a Tune trial): nothing is done. Else it joins the cluster of RAY_ADDRESS, of a submitted job, or the one that
+    `ray start` runs on this machine; else it starts a local one and stops it at the end. `gpu` picks one GPU of this machine by index; it is refused
+    (ConfigError) where a cluster places the work.
+    """
+    import ray
+
+    if ray.is_initialized():
+        if gpu is not None:
+            raise ConfigError("--gpu picks a GPU of this machine; in a running Ray session the cluster places the work. Leave it out.")
+        yield
+        return
+    existing = is_submitted_job() or "RAY_ADDRESS" in os.environ or _read_local_address() is not None
+    if gpu is not None and existing:
+        raise ConfigError("--gpu picks a GPU of this machine and does not work on a cluster, which places the work itself. Leave it out, or unset RAY_ADDRESS.")
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options = {} if existing else {"include_dashboard": True, "num_cpus": len(os.sched_getaffinity(0))}
+    ray.init(logging_level=logging.WARNING, log_to_driver=True, **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _read_local_address() -> str | None:
+    from ray._private.services import find_bootstrap_address
+
+    return find_bootstrap_address(None)
+
+
+def spread(
+    rows: Sequence[Mapping],
+    actor: type,
+    arguments: tuple,
+    *,
+    num_workers: int,
+    batch_size: int,
+    label: str,
+    num_cpus: float = 1,
+    num_gpus: float = 0,
+) -> Iterator[list[dict]]:
+    """Call `actor(*arguments)` on lists of rows by Ray Data, in `num_workers` actors, and yield the lists that it returns as they finish.
+
+    An actor whose `__call__` is a coroutine works on several batches at once. An error of ours that ends an actor's work is raised here as itself.
+    """
+    import ray
+    from tqdm import tqdm
+
+    quiet_ray_data()
+    num_blocks = max(1, min(len(rows), max(2 * num_workers, len(rows) // max(1, 4 * batch_size))))
+    dataset = ray.data.from_items([{"row": json.dumps(row)} for row in rows], override_num_blocks=num_blocks).map_batches(
+        _CallAsync if inspect.iscoroutinefunction(actor.__call__) else _Call,
+        fn_constructor_args=(actor, arguments),
+        compute=ray.data.ActorPoolStrategy(size=num_workers),
+        batch_size=batch_size,
+        num_cpus=num_cpus,
+        num_gpus=num_gpus or None,
+    )
+    try:
+        with tqdm(total=len(rows), desc=label, unit="row", mininterval=2, dynamic_ncols=True) as progress:
+            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+                results = [json.loads(text) for text in batch.column("row").to_pylist()]
+                progress.update(len(results))
+                yield results
+    except ray.exceptions.RayError as error:
+        raise own_error(error) or error from None
+
+
+def quiet_ray_data() -> None:
+    """Leave the console to our own progress lines; Ray Data's stay in its log files."""
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal").setLevel(logging.ERROR)
+
+
+class _Call:
+    """Carries rows through Ray Data as JSON text: ids, nulls and every character stay as they are, whatever a column's first block looks like to Arrow."""
+
+    def __init__(self, actor: type, arguments: tuple) -> None:
+        self.call = actor(*arguments)
+
+    def __call__(self, batch: Mapping) -> dict:
+        return {"row": [json.dumps(row) for row in self.call([json.loads(text) for text in batch["row"]])]}
+
+
+class _CallAsync(_Call):
+    async def __call__(self, batch: Mapping) -> dict:
+        return {"row": [json.dumps(row) for row in await self.call([json.loads(text) for text in batch["row"]])]}
+
+
+def own_error(error: BaseException) -> NLIError | None:
+    """The NLIError inside an exception that Ray raised for a remote failure, if there is one."""
+    pending: list[BaseException] = [error]
+    while pending:
+        current = pending.pop()
+        if isinstance(current, NLIError) and type(current).__module__ == NLIError.__module__:
+            return current
+        inner = [current.__cause__, getattr(current, "cause", None), *getattr(current, "worker_failures", {}).values()]
+        pending += [error for error in inner if isinstance(error, BaseException)]
+    return None

@@ -1,0 +1,90 @@
+"""Engines that answer prompts with a causal LM.
+
+    engine = TransformersEngine(base, adapter, quantization="nf4", compute_dtype="bf16", device="cuda:0", batch_size=32, max_new_tokens=512)
+    engine.generate(["[INST] Premise: …[/INST]", …])
+    -> [Generation(text='{"thought_process": …}', finish_reason="stop", num_prompt_tokens=61, num_completion_tokens=38, problem=""), …]
+
+Greedy decoding; `finish_reason` is "stop" when the model ended by EOS and "length" when the limit cut it. A prompt that cannot be encoded becomes a
+Generation with a problem and no text; the others are answered.
+"""
+
+from dataclasses import dataclass
+
+from nli.errors import DataError
+from nli.model import ComputeDtype, Quantization, load_adapter, load_base
+from nli.tokenization import encode_prompt, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What the model wrote after one prompt, without special tokens. Text is None when nothing could be generated; `problem` says why."""
+
+    text: str | None
+    finish_reason: str | None
+    num_prompt_tokens: int | None
+    num_completion_tokens: int | None
+    problem: str = ""
+
+
+class TransformersEngine:
+    """transformers' `generate` on batches of prompts of similar length, so that little is padded."""
+
+    def __init__(
+        self,
+        base_model: str,
+        adapter: str | None,
+        *,
+        quantization: Quantization,
+        compute_dtype: ComputeDtype,
+        device: str,
+        batch_size: int,
+        max_new_tokens: int,
+    ) -> None:
+        self.batch_size = batch_size
+        self.max_new_tokens = max_new_tokens
+        self.tokenizer = load_tokenizer(base_model)
+        model = load_base(base_model, quantization, compute_dtype, device)
+        self.model = (load_adapter(model, adapter) if adapter else model).eval()
+
+    def generate(self, prompts: list[str]) -> list[Generation]:
+        """Answer prompts, in their order."""
+        encoded: dict[int, list[int]] = {}
+        generations: list[Generation | None] = [None] * len(prompts)
+        for index, prompt in enumerate(prompts):
+            try:
+                encoded[index] = encode_prompt(self.tokenizer, prompt)
+            except DataError as error:
+                generations[index] = Generation(None, None, None, None, str(error))
+        by_length = sorted(encoded, key=lambda index: len(encoded[index]))
+        for start in range(0, len(by_length), self.batch_size):
+            indices = by_length[start : start + self.batch_size]
+            for index, generation in zip(indices, self._generate_batch([encoded[index] for index in indices]), strict=True):
+                generations[index] = generation
+        return generations
+
+    def _generate_batch(self, batch: list[list[int]]) -> list[Generation]:
+        import torch
+
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        width = max(map(len, batch))
+        device = self.model.device
+        input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in batch], device=device)
+        attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch], device=device)
+        with torch.inference_mode():
+            output = self.model.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                pad_token_id=pad,
+                eos_token_id=eos,
+            )
+        return [self._read(ids, completion) for ids, completion in zip(batch, output[:, width:].tolist(), strict=True)]
+
+    def _read(self, prompt_ids: list[int], completion: list[int]) -> Generation:
+        eos = self.tokenizer.eos_token_id
+        stopped = eos in completion
+        ids = completion[: completion.index(eos)] if stopped else completion
+        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        # Training joins prompt and completion by one space, which is not part of the answer.
+        return Generation(text.removeprefix(" "), "stop" if stopped else "length", len(prompt_ids), len(ids) + stopped)

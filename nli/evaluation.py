@@ -1,0 +1,419 @@
+"""Stage 7: how right each run is on the same rows, which runs differ, on which rows, and how sure that is.
+
+In:   results/reflected.jsonl, one Answer a row {"id": "7", "true_label": 1, "predicted_label": 0, "parse_status": "ok", "thought_process": "Step 1 …", …},
+      results/unmodified.jsonl, …
+Out:  output_dir/evaluation.json {"runs": [{"run": "reflected", "n": 400, "unparsed": 0, "accuracy": 0.8925, "accuracy_low": 0.858, …}, …],
+      "comparisons": [{"run": "unmodified", "other": "reflected", "difference": -0.0825, "p_value": 2e-05, "holm_p_value": 1e-04, …}], "slices": […], …},
+      output_dir/report.html with the same numbers, and a table on stdout
+
+An answer that could not be read is wrong, and is counted first. Files without labels get counts, statuses and the share of label 1.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from nli.config import Count, CountOrZero, config_class, nearest
+from nli.errors import ConfigError, DataError
+from nli.parsing import ParseStatus
+from nli.records import Answer, content_hash, is_correct, row_key
+from nli.runs import read_manifest, start_run
+from nli.storage import read_jsonl, resolve_input, resolve_output, write_atomic
+
+SMALL_SLICE = 20
+"""a slice of fewer rows is marked as too small to read anything from"""
+MOST_GROUPS = 50
+NUM_EXAMPLES = 8
+MOST_CHARACTERS = 600
+"""of one raw text shown as an example"""
+_PACKAGES = ("numpy", "scipy", "scikit-learn", "matplotlib", "jinja2")
+
+
+@config_class
+class EvaluatePredictionsConfig:
+    """Score and compare answers. The default reads the teacher's answers on the sample."""
+
+    predictions: tuple[str, ...] = ("data/original_thoughts/sample_train.jsonl",)
+    """answers to score, one JSON Lines file a run, all on the same rows"""
+    names: tuple[str, ...] = ()
+    """name of each run in tables, in the files' order; empty: the file names without .jsonl"""
+    output_dir: str = "results/sample_evaluation"
+    """folder for evaluation.json, report.html and manifest.json"""
+    baseline: str = ""
+    """name of the run that all others are compared with; empty: all pairs"""
+    slice_by: tuple[str, ...] = ()
+    """further columns of the rows to slice by, such as phenomenon"""
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
+    """level of all intervals, 0.5 to below 1; comparisons are tested at 1 - confidence"""
+    bootstrap_draws: Count = 10_000
+    """resamples behind each bootstrap interval"""
+    random_seed: CountOrZero = 1337
+    """seed of the bootstrap"""
+    sweep_json: str = ""
+    """results of a sweep to show in the report, JSON with trials and best"""
+    stages: tuple[str, ...] = ()
+    """manifests of earlier stages to show in the report, with their times"""
+    storage_root: str = ""
+    """folder that relative outputs go below; empty: NLI_STORAGE_ROOT or the current folder"""
+
+    def __post_init__(self) -> None:
+        if not self.predictions:
+            raise ConfigError("predictions is empty: give at least one file of answers.")
+        if self.names and len(self.names) != len(self.predictions):
+            raise ConfigError(f"names has {len(self.names)} entries and predictions {len(self.predictions)}: give one name for each file, or none.")
+        names = self.run_names()
+        repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+        if repeated or not all(name.strip() for name in names):
+            raise ConfigError(f"two runs are called {repeated[0]!r}; tell them apart with --names." if repeated else "a run's name is empty.")
+        if self.baseline and self.baseline not in names:
+            raise ConfigError(f"baseline {self.baseline!r} is no run; the runs are {', '.join(names)}.{nearest(self.baseline, names)}")
+        if self.baseline and len(names) == 1:
+            raise ConfigError(f"baseline {self.baseline!r} is the only run; give another file of predictions to compare with it.")
+
+    def run_names(self) -> tuple[str, ...]:
+        """The name of each run, in the order of the files."""
+        return self.names or tuple(Path(path).stem for path in self.predictions)
+
+
+def index_rows(path: Path) -> dict[str, dict]:
+    """A file's Answers by row key. Raises DataError for a file that cannot be read, a row that stands twice, or an `ok` answer without label."""
+    if path.is_dir():
+        raise DataError(f"{path}: a folder; give the JSON Lines file of answers in it.")
+    rows: dict[str, dict] = {}
+    for row in read_jsonl(path, Answer):
+        if rows.setdefault(row_key(row), row) is not row:
+            raise DataError(f"{path}: id {row['id']!r} stands twice with the same pair; each row counts once, so remove one of them.")
+        if row["parse_status"] == ParseStatus.OK and row["predicted_label"] is None:
+            raise DataError(f"{path}: id {row['id']!r} has parse_status ok and no predicted_label; make the file again with run_inference.")
+    return rows
+
+
+def align_runs(files: Mapping[str, Path]) -> dict[str, list[dict]]:
+    """Each run's Answers, all in the first file's order. Raises DataError if the files hold different rows or different true labels."""
+    indexed = {name: index_rows(path) for name, path in files.items()}
+    first_name, first = next(iter(indexed.items()))
+    for name, rows in indexed.items():
+        for here, there, missing in (
+            (name, first_name, [key for key in first if key not in rows]),
+            (first_name, name, [key for key in rows if key not in first]),
+        ):
+            if missing:
+                example = indexed[there][missing[0]]
+                raise DataError(
+                    f"{files[here]}: {len(missing)} rows of {files[there]} are missing, such as id {example['id']!r} with the premise "
+                    f"{shorten(example['premise'], 60)!r}. Runs are compared on the same rows: run inference for both on the same data, or evaluate them apart."
+                )
+        for key, row in rows.items():
+            if row["true_label"] != first[key]["true_label"]:
+                raise DataError(
+                    f"{files[name]}: id {row['id']!r} has true_label {row['true_label']}, and {first[key]['true_label']} in {files[first_name]}. "
+                    "Make both files from the same data."
+                )
+    return {name: [rows[key] for key in first] for name, rows in indexed.items()}
+
+
+def to_labels(rows: Iterable[Mapping]) -> tuple[list[int], list[int]]:
+    """True and predicted labels of the labelled rows; metrics.UNPARSED where an answer could not be read."""
+    from nli.metrics import UNPARSED
+
+    labelled = [row for row in rows if row["true_label"] is not None]
+    return [row["true_label"] for row in labelled], [row["predicted_label"] if row["parse_status"] == ParseStatus.OK else UNPARSED for row in labelled]
+
+
+def score_run(name: str, rows: Sequence[Mapping], config: EvaluatePredictionsConfig) -> dict:
+    """One line of the result table: unparsed answers first, then the figures of nli.metrics.score_answers."""
+    import numpy as np
+
+    from nli.metrics import score_answers, wilson_interval
+
+    statuses = Counter(row["parse_status"] for row in rows)
+    parsed = statuses[ParseStatus.OK]
+    positive = sum(row["predicted_label"] == 1 for row in rows if row["parse_status"] == ParseStatus.OK)
+    low, high = wilson_interval(positive, parsed, config.confidence) if parsed else (None, None)
+    truth, predicted = (np.array(labels, dtype=int) for labels in to_labels(rows))
+    return {
+        "run": name,
+        "n": len(rows),
+        "unparsed": len(rows) - parsed,
+        "statuses": {str(status): statuses[status] for status in [*ParseStatus, *sorted(set(statuses) - set(ParseStatus))] if statuses[status]},
+        "predicted_1": positive,
+        "share_1": positive / parsed if parsed else None,
+        "share_1_low": low,
+        "share_1_high": high,
+        **score_answers(truth, predicted, config.confidence, config.bootstrap_draws, config.random_seed),
+    }
+
+
+def compare_runs(runs: Mapping[str, Sequence[Mapping]], config: EvaluatePredictionsConfig) -> list[dict]:
+    """Each run against the baseline, or each pair (the later run less the earlier), with p values adjusted over all of them."""
+    import numpy as np
+
+    from nli.metrics import adjust_holm, compare_answers
+
+    pairs = [(name, config.baseline) for name in runs if name != config.baseline] if config.baseline else [(b, a) for a, b in combinations(runs, 2)]
+    labels = {name: tuple(np.array(part, dtype=int) for part in to_labels(rows)) for name, rows in runs.items()}
+    comparisons = []
+    for name, other in pairs:
+        truth, predicted = labels[name]
+        if len(truth):
+            figures = compare_answers(truth, predicted, labels[other][1], config.confidence, config.bootstrap_draws, config.random_seed)
+            comparisons.append({"run": name, "other": other, **figures})
+    adjusted = adjust_holm([row["p_value"] for row in comparisons])
+    return [row | {"holm_p_value": p_value, "differs": p_value < 1 - config.confidence} for row, p_value in zip(comparisons, adjusted, strict=True)]
+
+
+def slice_runs(runs: Mapping[str, Sequence[Mapping]], config: EvaluatePredictionsConfig) -> list[dict]:
+    """Accuracy of every run in every slice of its labelled rows, as flat rows {"by", "group", "run", "n", "unparsed", "accuracy", …}."""
+    import numpy as np
+
+    from nli.metrics import score_group
+
+    slices = []
+    for name, rows in runs.items():
+        labelled = [row for row in rows if row["true_label"] is not None]
+        truth, predicted = (np.array(labels, dtype=int) for labels in to_labels(rows))
+        for by, groups in group_rows(labelled, config.slice_by).items():
+            for group in sorted(set(groups)):
+                chosen = np.array([item == group for item in groups])
+                figures = score_group(truth[chosen], predicted[chosen], config.confidence)
+                slices.append({"by": by, "group": group, "run": name, **figures, "too_small": figures["n"] < SMALL_SLICE})
+    return slices
+
+
+def group_rows(rows: Sequence[Mapping], columns: Sequence[str]) -> dict[str, list[str]]:
+    """For each way of slicing, the group of each row: the columns' own values, then quartiles of lengths and of word overlap."""
+    if not rows:
+        return {}
+    groups = {column: [str(row[column]) for row in rows] for column in columns}
+    thoughts = [count_words(row["thought_process"]) if row["parse_status"] == ParseStatus.OK else None for row in rows]
+    groups["thought length"] = name_quartiles(thoughts, "words", "no thought (unparsed)")
+    groups["premise length"] = name_quartiles([count_words(row["premise"]) for row in rows], "words")
+    groups["hypothesis length"] = name_quartiles([count_words(row["hypothesis"]) for row in rows], "words")
+    groups["word overlap"] = name_quartiles([round(100 * share_words(row["premise"], row["hypothesis"])) for row in rows], "%")
+    return groups
+
+
+def name_quartiles(values: Sequence[int | None], unit: str, without: str = "") -> list[str]:
+    """`Q1: 4–7 words` and so on: the quartile of each value with the range that it really spans; `without` for a row that has no value."""
+    import numpy as np
+
+    from nli.metrics import find_quartiles
+
+    known = np.array([value for value in values if value is not None])
+    if not len(known):
+        return [without] * len(values)
+    quartiles = find_quartiles(known)
+    names = {}
+    for quartile in range(4):
+        members = known[quartiles == quartile]
+        if len(members):
+            low, high = members.min(), members.max()
+            names[quartile] = f"Q{quartile + 1}: {low if low == high else f'{low}–{high}'} {unit}"
+    found = iter(quartiles)
+    return [without if value is None else names[int(next(found))] for value in values]
+
+
+def count_words(text: str | None) -> int:
+    """Words of a text, split at white space."""
+    return len((text or "").split())
+
+
+def share_words(premise: str, hypothesis: str) -> float:
+    """The share of the hypothesis's distinct words that the premise has too, whatever the case and the punctuation around them."""
+    wanted, given = ({word.strip(".,;:!?\"'()").lower() for word in text.split()} - {""} for text in (hypothesis, premise))
+    return len(wanted & given) / len(wanted) if wanted else 0.0
+
+
+def pick_unparsed(runs: Mapping[str, Sequence[Mapping]]) -> list[dict]:
+    """Each run's statuses other than ok: how many rows, and the first of them as an example."""
+    found = []
+    for name, rows in runs.items():
+        by_status: dict[str, list[Mapping]] = {}
+        for row in rows:
+            if row["parse_status"] != ParseStatus.OK:
+                by_status.setdefault(row["parse_status"], []).append(row)
+        for status, members in sorted(by_status.items(), key=lambda item: -len(item[1])):
+            first = members[0]
+            example = {"id": first["id"], "problem": first.get("problem", ""), "raw_text": shorten(first["raw_text"], MOST_CHARACTERS)}
+            found.append({"run": name, "status": str(status), "rows": len(members), **example})
+    return found
+
+
+def pick_disagreements(runs: Mapping[str, Sequence[Mapping]]) -> dict:
+    """Rows that some runs have right and others wrong (without labels: rows that they label differently).
+
+    `patterns` counts who is right on how many rows; the examples take one row of each pattern in turn, the most frequent first, by hash and not by eye.
+    """
+    patterns: dict[tuple, list[tuple[Mapping, ...]]] = {}
+    for answers in zip(*runs.values(), strict=True):
+        labels = tuple(row["predicted_label"] if row["parse_status"] == ParseStatus.OK else None for row in answers)
+        pattern = labels if answers[0]["true_label"] is None else tuple(is_correct(row) for row in answers)
+        if len(set(pattern)) > 1:
+            patterns.setdefault(pattern, []).append(answers)
+    ordered = sorted(patterns.items(), key=lambda item: -len(item[1]))
+    shuffled = [sorted(members, key=lambda answers: content_hash([row_key(answers[0])])) for _, members in ordered]
+    in_turn = [members[turn] for turn in range(NUM_EXAMPLES) for members in shuffled if turn < len(members)]
+    return {
+        "rows": sum(len(members) for members in shuffled),
+        "patterns": [{"rows": len(members), "runs": dict(zip(runs, pattern, strict=True))} for pattern, members in ordered],
+        "examples": [show_answers(answers, runs) for answers in in_turn[:NUM_EXAMPLES]],
+    }
+
+
+def show_answers(answers: Sequence[Mapping], names: Iterable[str]) -> dict:
+    """One row with what each run thought and said about it."""
+    first = answers[0]
+    said = [
+        {
+            "run": name,
+            "status": row["parse_status"],
+            "label": row["predicted_label"] if row["parse_status"] == ParseStatus.OK else None,
+            "right": is_correct(row) if row["true_label"] is not None else None,
+            "thought": shorten(row["thought_process"] or row["raw_text"], MOST_CHARACTERS),
+        }
+        for name, row in zip(names, answers, strict=True)
+    ]
+    return {"id": first["id"], "premise": first["premise"], "hypothesis": first["hypothesis"], "true_label": first["true_label"], "answers": said}
+
+
+def shorten(text: str, limit: int) -> str:
+    """A text, cut after `limit` characters with a note of how many follow."""
+    return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit} more characters)"
+
+
+def read_sweep(path: Path) -> dict:
+    """A sweep's results: {"trials": [{"lora_rank": 8, "eval_loss": 0.41, "status": "finished", …}], "best": {…}}. Raises DataError for anything else."""
+    try:
+        sweep = json.loads(path.read_text(encoding="utf-8"))
+        trials, best = [dict(trial) for trial in sweep["trials"]], dict(sweep.get("best") or {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f'{path}: not the results of a sweep ({reason}); it must be JSON with "trials", a list of objects, and "best", an object.') from None
+    return {"trials": trials, "best": best}
+
+
+def describe_sweep(sweep: Mapping) -> dict:
+    """The report's section of a sweep: trials by eval loss, failed ones last."""
+    trials = sorted(sweep["trials"], key=lambda trial: (trial.get("eval_loss") is None, trial.get("eval_loss") or 0.0))
+    known = [key for key in ("lora_rank", "learning_rate", "ablation") if key in sweep["best"]]
+    rows = [{"": "best" if known and all(trial.get(key) == sweep["best"][key] for key in known) else ""} | trial for trial in trials]
+    return {"title": "Sweep", "note": "Trials by eval loss on the dev rows, best first.", "rows": rows}
+
+
+def describe_stage(path: Path) -> dict:
+    """One earlier stage for the report, from its manifest. Raises DataError or ResumeError if the file is none."""
+    manifest = read_manifest(path)
+    if manifest is None:
+        raise DataError(f"{path}: not the manifest of a stage.")
+    attempts = manifest.get("attempts") or [{}]
+    seconds = [attempt["seconds"] for attempt in attempts if attempt.get("seconds") is not None]
+    return {
+        "stage": manifest.get("stage"),
+        "output": path.parent.name if path.name == "manifest.json" else path.name.removesuffix(".manifest.json"),
+        "status": manifest["status"],
+        "rows": (manifest.get("counts") or {}).get("rows"),
+        "started": attempts[0].get("started"),
+        "attempts": len(attempts),
+        "seconds": round(sum(seconds), 2) if seconds else None,
+        "commit": (manifest.get("commit") or "")[:10],
+        "manifest": str(path),
+    }
+
+
+def describe_stages(stages: Sequence[Mapping]) -> dict:
+    """The report's section of the earlier stages."""
+    note = "Seconds over all attempts of a stage; an attempt that was killed has none."
+    return {"title": "Stages", "note": note, "rows": [{key: value for key, value in stage.items() if key != "manifest"} for stage in stages]}
+
+
+def check_request(runs: Mapping[str, Sequence[Mapping]], files: Mapping[str, Path], config: EvaluatePredictionsConfig) -> None:
+    """Raise DataError if the rows cannot give what the config asks: a slice column that is missing or too fine, a comparison without labels."""
+    for name, rows in runs.items():
+        for column in config.slice_by:
+            lacking = [row for row in rows if column not in row]
+            if lacking:
+                raise DataError(f"{files[name]}: {len(lacking)} rows have no column {column!r} to slice by.{nearest(column, list(lacking[0]))}")
+            values = {str(row[column]) for row in rows}
+            if len(values) > MOST_GROUPS:
+                raise DataError(f"{files[name]}: column {column!r} has {len(values)} different values; slice by a column of at most {MOST_GROUPS}.")
+        if config.baseline and all(row["true_label"] is None for row in rows):
+            raise DataError(f"{files[name]}: no row has a true label, so no run can be compared with {config.baseline!r}; use labelled data or no baseline.")
+
+
+def describe_inputs(runs: Mapping[str, Sequence[Mapping]], files: Mapping[str, Path], hashes: Mapping) -> list[dict]:
+    """Where each run comes from: its file, the models and prompts that its rows name, and how long its thoughts are."""
+    return [
+        {
+            "run": name,
+            "file": str(files[name]),
+            "sha256": hashes[str(files[name])]["sha256"],
+            "answered_by": sorted({row["answered_by"] for row in rows}),
+            "prompt_name": sorted({row["prompt_name"] for row in rows}),
+            "prompt_sha256": sorted({row["prompt_sha256"] for row in rows}),
+            "num_completion_tokens": sum(row.get("num_completion_tokens") or 0 for row in rows),
+        }
+        for name, rows in runs.items()
+    ]
+
+
+def evaluate(runs: Mapping[str, Sequence[Mapping]], config: EvaluatePredictionsConfig) -> dict:
+    """All numbers and examples of a set of runs; each run's Answers stand in the same order."""
+    from nli.metrics import POWER
+
+    return {
+        "confidence": config.confidence,
+        "bootstrap_draws": config.bootstrap_draws,
+        "random_seed": config.random_seed,
+        "power": POWER,
+        "small_slice": SMALL_SLICE,
+        "baseline": config.baseline,
+        "runs": [score_run(name, rows, config) for name, rows in runs.items()],
+        "comparisons": compare_runs(runs, config),
+        "unparsed": pick_unparsed(runs),
+        "slices": slice_runs(runs, config),
+        "disagreements": pick_disagreements(runs),
+    }
+
+
+def run(config: EvaluatePredictionsConfig) -> Path:
+    """Score the files, write evaluation.json and report.html, print the table; returns the report's path.
+
+    Nothing of an earlier evaluation is used again and all files are replaced whole, so its identity is only that it is one: a rerun with other files or
+    settings is never refused, a folder that holds another stage's work is.
+    """
+    from nli.report import render_report, render_table
+
+    files = dict(zip(config.run_names(), (resolve_input(path, config.storage_root) for path in config.predictions), strict=True))
+    folder = resolve_output(config.output_dir, config.storage_root)
+    runs = align_runs(files)
+    check_request(runs, files, config)
+    sweep_path = [resolve_input(config.sweep_json, config.storage_root)] if config.sweep_json else []
+    sweep = read_sweep(sweep_path[0]) if sweep_path else None
+    stage_paths = [resolve_input(path, config.storage_root) for path in config.stages]
+    stages = [describe_stage(path) for path in stage_paths]
+    record = start_run(folder / "manifest.json", "evaluation", {"stage": "evaluation"}, config, [*files.values(), *sweep_path, *stage_paths])
+
+    evaluation = evaluate(runs, config)
+    facts = record.manifest
+    evaluation["provenance"] = {
+        "started": facts["attempts"][-1]["started"],
+        "commit": facts["commit"],
+        "versions": facts["versions"] | {name: metadata.version(name) for name in _PACKAGES},
+        "hardware": facts["hardware"],
+        "inputs": facts["inputs"],
+        "runs": describe_inputs(runs, files, facts["inputs"]),
+    }
+    evaluation |= {"sweep": sweep, "stages": stages}
+    sections = ([describe_sweep(sweep)] if sweep else []) + ([describe_stages(stages)] if stages else [])
+    write_atomic(folder / "evaluation.json", json.dumps(evaluation, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomic(folder / "report.html", render_report(evaluation, sections))
+    record.finish({"runs": len(runs), "rows": len(next(iter(runs.values()))), "unparsed": sum(row["unparsed"] for row in evaluation["runs"])})
+    print(render_table(evaluation), flush=True)
+    print(f"report: {folder / 'report.html'}", flush=True)
+    return folder / "report.html"

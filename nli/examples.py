@@ -1,0 +1,106 @@
+"""Read premise–hypothesis pairs from CSV, every character as it stands in the file.
+
+In:   premise,hypothesis,label                     Out:  {"id": "0", "premise": "Two dogs ran.", "hypothesis": "Animals moved.", "true_label": 1}
+      Two dogs ran.,Animals moved.,1
+
+`id` is the file's `id` column or, without one, the row's index from 0. `label` (or `true_label`) may be missing as a column or empty in a row: the pair is
+unlabelled then. Other columns ride along as text. Nothing is stripped, lower-cased or read as missing: "n/a" is the text n/a.
+"""
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from nli.config import nearest
+from nli.errors import DataError
+from nli.records import Answer, Reflection, Score
+from nli.storage import summarise_faults
+
+_OWN_COLUMNS = (set(Answer.model_fields) | set(Score.model_fields) | set(Reflection.model_fields)) - {"id", "premise", "hypothesis", "true_label"}
+_LABELS = {"0": 0, "1": 1, "": None}
+
+csv.field_size_limit(1 << 27)  # characters; the default of 131,072 refuses long documents
+
+
+def read_examples(path: Path, max_rows: int = 0, need_labels: bool = False) -> list[dict]:
+    """Rows of a CSV as Examples, at most `max_rows` of them (0: all).
+
+    Raises DataError, all faults at once with their lines: no file, no rows, no `premise` or `hypothesis` column, an empty text, a label that is not 0 or 1,
+    a repeated id, a row with too many or too few cells, bytes that are not UTF-8; with `need_labels`, also a pair without label.
+    """
+    header, records = _read_csv(path)
+    _check_header(path, header, need_labels)
+    label_column = "label" if "label" in header else "true_label"
+    rows, faults, lines_by_id = [], [], {}
+    for index, (line, cells) in enumerate(records):
+        if max_rows and len(rows) == max_rows:
+            break
+        if len(cells) != len(header):
+            faults.append(f"{path}:{line}: {len(cells)} cells where the header has {len(header)}; quote a text that holds commas or newlines")
+            continue
+        named = dict(zip(header, cells, strict=True))
+        row = {"id": named.pop("id", str(index)), "premise": named.pop("premise"), "hypothesis": named.pop("hypothesis")}
+        label = named.pop(label_column, "")
+        faults += [f"{path}:{line}: the {name} is empty" for name in ("id", "premise", "hypothesis") if not row[name].strip()]
+        if label.strip() not in _LABELS:
+            faults.append(f"{path}:{line}: label {label!r} is neither 1 (entailment) nor 0 (no entailment)")
+        row["true_label"] = _LABELS.get(label.strip())
+        if need_labels and row["true_label"] is None:
+            faults.append(f"{path}:{line}: no label, which this stage needs")
+        if row["id"] in lines_by_id:
+            faults.append(f"{path}:{line}: id {row['id']!r} stands at line {lines_by_id[row['id']]} already")
+        lines_by_id[row["id"]] = line
+        rows.append(row | named)
+    if faults:
+        raise DataError(summarise_faults(faults, "mend these rows; nothing was started"))
+    if not rows:
+        raise DataError(f"{path}: the file has a header but no rows.")
+    return rows
+
+
+def is_labelled(rows: Sequence[Mapping]) -> bool:
+    """Whether any row has a true label."""
+    return any(row["true_label"] is not None for row in rows)
+
+
+def shared_premises(left: Iterable[Mapping], right: Iterable[Mapping]) -> set[str]:
+    """Premises that stand on both sides: a leak when one side trains and the other tests."""
+    return {row["premise"] for row in left} & {row["premise"] for row in right}
+
+
+def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The header and the data rows, each with the line that it starts on; blank lines are passed over."""
+    records, line = [], 1
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            for cells in reader:
+                if cells:
+                    records.append((line, cells))
+                line = reader.line_num + 1
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file.") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: a folder, not a CSV file.") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 near line {line} (byte {error.object[error.start]:#04x}); save it as UTF-8.") from None
+    except csv.Error as error:
+        raise DataError(f"{path}:{line}: not CSV ({error}); a quote may be left open there.") from None
+    if not records:
+        raise DataError(f"{path}: the file is empty; it needs a header with premise,hypothesis[,label] and a row for each pair.")
+    return records[0][1], records[1:]
+
+
+def _check_header(path: Path, header: Sequence[str], need_labels: bool) -> None:
+    needed = ["premise", "hypothesis"] + (["label"] if need_labels and "true_label" not in header else [])
+    missing = [name for name in needed if name not in header]
+    if missing:
+        hints = "".join(nearest(name, header) for name in missing)
+        raise DataError(f"{path}:1: no column {' and no column '.join(missing)}; the header is {','.join(header)}.{hints}")
+    repeated = sorted({name for name in header if header.count(name) > 1})
+    own = sorted(_OWN_COLUMNS & set(header))
+    both = {"label", "true_label"} <= set(header)
+    if repeated or own or both:
+        names = ", ".join(repeated or own or ["label", "true_label"])
+        reason = "stands twice" if repeated else "is written by this project" if own else "mean the same"
+        raise DataError(f"{path}:1: column {names} {reason}; rename or remove it.")

@@ -1,0 +1,88 @@
+"""Load a base as the config says, and put LoRA adapters on it.
+
+    model = load_base("mistralai/Mistral-7B-v0.3", quantization="nf4", compute_dtype="bf16", device="cuda:0")
+    model = add_lora(model, rank=32, alpha=64, dropout=0.05, target_modules=("q_proj", "k_proj", "v_proj", "o_proj"))
+"""
+
+from typing import TYPE_CHECKING, Literal
+
+from nli.errors import ModelError
+from nli.tokenization import first_line
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+Quantization = Literal["nf4", "none"]
+ComputeDtype = Literal["bf16", "fp32"]
+
+
+def torch_dtype(name: ComputeDtype) -> "torch.dtype":
+    """The torch type of a config's `compute_dtype`."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def choose_attention(device: str) -> str:
+    """FlashAttention 2 where its package imports and the device is a GPU, else torch's own scaled-dot-product attention."""
+    if device.startswith("cuda"):
+        try:
+            import flash_attn  # noqa: F401  (only whether it imports matters)
+        except ImportError:
+            return "sdpa"
+        return "flash_attention_2"
+    return "sdpa"
+
+
+def load_base(path: str, quantization: Quantization, compute_dtype: ComputeDtype, device: str) -> "PreTrainedModel":
+    """A causal LM on `device` ("cpu", "cuda:0", …), its linear layers in NF4 with double quantisation or unquantised. Raises ModelError."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = torch_dtype(compute_dtype)
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    attention = choose_attention(device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation=attention,
+            quantization_config=quantized if quantization == "nf4" else None,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: the model cannot be loaded ({first_line(error)}).") from None
+    print(f"model: {path}, {quantization}, {compute_dtype}, attention {attention}, on {device}", flush=True)
+    return model
+
+
+def add_lora(model: "PreTrainedModel", rank: int, alpha: int, dropout: float, target_modules: tuple[str, ...]) -> "PeftModel":
+    """Put fresh adapters on the named modules. Raises ModelError if the model has none of them."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules), bias="none", task_type="CAUSAL_LM")
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ModelError(f"no adapters can be put on {', '.join(target_modules)}: {first_line(error)}") from None
+
+
+def load_adapter(model: "PreTrainedModel", folder: str) -> "PeftModel":
+    """The base with the adapter of a folder, for inference. Raises ModelError."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, folder)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{folder}: the adapter cannot be put on this base ({first_line(error)}).") from None
+
+
+def check_base(path: str) -> None:
+    """Raise ModelError if `path` is neither a model folder nor a hub name whose config can be read (from the cache or the hub)."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: no model there ({first_line(error)}). Give a model folder, or a hub name with access to the hub (HF_TOKEN if it is gated).") from None

@@ -1,0 +1,218 @@
+"""An evaluation as people read it: a plain table for a terminal, and one HTML file that needs nothing else.
+
+In:   the content of evaluation.json: {"confidence": 0.95, "runs": [{"run": "reflected", "n": 400, "unparsed": 0, "accuracy": 0.8925, …}], …}
+Out:  run        n    unparsed  accuracy  95 % interval  macro F1
+      reflected  400         0     0.893    0.858–0.919     0.892
+      and an HTML page with the same numbers, rounded for the eye; each cell carries its exact value
+
+The page holds its style and its pictures (SVG, drawn by matplotlib), fetches nothing and runs no script. All text from data is escaped.
+"""
+
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b0508f", "#3d3d3d", "#4a9fd8", "#c48a00", "#6f52a8")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h")
+NONE = "–"
+
+
+def render_table(evaluation: Mapping) -> str:
+    """The result table as plain text, one run a line; runs without labels show the share of label 1 instead of accuracy."""
+    runs = evaluation["runs"]
+    level = f"{format_percent(evaluation['confidence'])} interval"
+    if is_scored(evaluation):
+        header = ["model", "n", "unparsed", "accuracy", level, "macro F1"]
+        keys = [("accuracy", "macro_f1")] * len(runs)
+    else:
+        header = ["model", "n", "unparsed", "label 1", level]
+        keys = [("share_1",)] * len(runs)
+    lines = [header]
+    for row, (key, *others) in zip(runs, keys, strict=True):
+        figures = [format_share(row[key]), format_interval(row[f"{key}_low"], row[f"{key}_high"]), *(format_share(row[other]) for other in others)]
+        lines.append([row["run"], str(row["n"]), str(row["unparsed"]), *figures])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    )
+
+
+def render_report(evaluation: Mapping, extra_sections: Iterable[Mapping] = ()) -> str:
+    """The HTML page. An extra section is {"title", "note" (may be missing), and "rows" (a list of objects, shown as a table) or "html" (put in as it is)}."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "share": format_share,
+        "signed": format_signed,
+        "p": format_p,
+        "percent": format_percent,
+        "count": format_count,
+        "cell": format_cell,
+        "label": format_label,
+    }
+    template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
+    names = [row["run"] for row in evaluation["runs"]]
+    return template.render(
+        evaluation=evaluation,
+        interval=format_interval,
+        scored=is_scored(evaluation),
+        colour={name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)},
+        findings=summarise(evaluation),
+        overview=draw_overview(evaluation),
+        slices=group_slices(evaluation),
+        sections=[read_section(section) for section in extra_sections],
+    )
+
+
+def summarise(evaluation: Mapping) -> list[str]:
+    """The page's first sentences, each a fact from the tables."""
+    runs, comparisons = evaluation["runs"], evaluation["comparisons"]
+    unparsed, answers = sum(row["unparsed"] for row in runs), sum(row["n"] for row in runs)
+    findings = [f"{format_count(unparsed)} of {format_count(answers)} answers could not be read" + ("; they count as wrong." if unparsed else ".")]
+    if not is_scored(evaluation):
+        return [*findings, "The rows have no true labels, so there is no accuracy: only what the runs answered."]
+    best = max(runs, key=lambda row: row["accuracy"])
+    interval = format_interval(best["accuracy_low"], best["accuracy_high"])
+    findings.append(f"{'Accuracy' if len(runs) == 1 else 'The highest accuracy'} is {format_share(best['accuracy'])} ({interval}), by {best['run']}.")
+    if comparisons:
+        level = format_percent(1 - evaluation["confidence"])
+        differing = [row for row in comparisons if row["differs"]]
+        findings.append(f"{len(differing)} of {len(comparisons)} comparisons differ beyond chance (exact McNemar test, Holm-adjusted, level {level}).")
+        alike = [row["other"] if row["run"] == best["run"] else row["run"] for row in comparisons if not row["differs"] and best["run"] in (row["run"], row["other"])]
+        if alike:
+            findings.append(f"These rows cannot tell {best['run']} from {', '.join(alike)}.")
+    return findings
+
+
+def is_scored(evaluation: Mapping) -> bool:
+    """Whether the rows have true labels."""
+    return any(row["labelled"] for row in evaluation["runs"])
+
+
+def group_slices(evaluation: Mapping) -> list[dict]:
+    """The flat slices as one block a way of slicing: its rows, and a chart of them."""
+    blocks: dict[str, list[Mapping]] = {}
+    for row in evaluation["slices"]:
+        blocks.setdefault(row["by"], []).append(row)
+    lows = [row["accuracy_low"] for row in evaluation["slices"] if not row["too_small"]]
+    left = min(lows, default=0.0)
+    blocks = {by: sorted(rows, key=lambda row: row["group"]) for by, rows in blocks.items()}  # stable: runs keep their order in a group
+    return [{"by": by, "rows": rows, "chart": draw_slices(rows, [run["run"] for run in evaluation["runs"]], left)} for by, rows in blocks.items()]
+
+
+def draw_overview(evaluation: Mapping) -> Markup:
+    """One line a run: accuracy (or share of label 1) with its interval."""
+    key = "accuracy" if is_scored(evaluation) else "share_1"
+    rows = [row for row in evaluation["runs"] if row[key] is not None]
+    lines = [(row["run"], [(number, row[key], row[f"{key}_low"], row[f"{key}_high"], False)]) for number, row in enumerate(rows)]
+    title = "accuracy" if is_scored(evaluation) else "share of label 1"
+    return draw_intervals(lines, title, min((row[f"{key}_low"] for row in rows), default=0.0), width=8.6, line=0.34)
+
+
+def draw_slices(rows: Sequence[Mapping], names: Sequence[str], left: float) -> Markup:
+    """One line a slice, and in it one mark a run, in the runs' colours; slices that are too small are hollow."""
+    groups: dict[str, list[tuple]] = {}
+    for row in rows:
+        mark = (names.index(row["run"]), row["accuracy"], row["accuracy_low"], row["accuracy_high"], row["too_small"])
+        groups.setdefault(row["group"], []).append(mark)
+    return draw_intervals(list(groups.items()), "accuracy", left, width=5.1, line=0.15)
+
+
+def draw_intervals(lines: Sequence[tuple[str, Sequence[tuple[int, float, float, float, bool]]]], title: str, left: float, width: float, line: float) -> Markup:
+    """An SVG of labelled lines from top to bottom; each holds marks (number of the run, value, low, high, hollow). Sizes in inches."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    gap = 1.2 if max((len(marks) for _, marks in lines), default=1) > 1 else 0.0  # in marks, between two lines
+    total = sum(len(marks) + gap for _, marks in lines)
+    margin_left, margin_bottom = 1.75, 0.48
+    height = max(total, 1) * line + margin_bottom + 0.08
+    settings = {"svg.fonttype": "none", "svg.hashsalt": f"{title}{lines}", "text.parse_math": False, "font.size": 9.5}
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(width, height))
+        axes = figure.add_axes((margin_left / width, margin_bottom / height, 1 - (margin_left + 0.15) / width, 1 - (margin_bottom + 0.08) / height))
+        ticks, y = [], 0.0
+        for number, (_, marks) in enumerate(lines):
+            if number % 2 == 0:
+                axes.axhspan(y - 0.5 - gap / 2, y + len(marks) - 0.5 + gap / 2, color="#f4f5f7", linewidth=0, zorder=0)
+            ticks.append(y + (len(marks) - 1) / 2)
+            for run, value, low, high, hollow in marks:
+                colour = COLOURS[run % len(COLOURS)]
+                axes.plot([low, high], [y, y], color=colour, linewidth=1.1 if hollow else 1.8, alpha=0.45 if hollow else 0.85, solid_capstyle="butt", zorder=2)
+                face = "white" if hollow else colour
+                axes.plot([value], [y], MARKERS[run % len(MARKERS)], color=colour, markerfacecolor=face, markersize=5, zorder=3)
+                y += 1
+            y += gap
+        axes.set_ylim(y - 0.5 - gap / 2, -0.5 - gap / 2)
+        axes.set_xlim(max(0.0, int(left * 10) / 10 - 0.02), 1.02)
+        axes.set_yticks(ticks, [name if len(name) <= 26 else f"{name[:25]}…" for name, _ in lines], color="#1f2933")
+        axes.set_xlabel(title, color="#52606d")
+        axes.tick_params(length=0, labelcolor="#1f2933")
+        axes.grid(axis="x", color="#d9dde3", linewidth=0.7, zorder=1)
+        axes.set_axisbelow(True)
+        for side in axes.spines.values():
+            side.set_visible(False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    # The viewBox gives the proportions; the page's style gives the width.
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1 role="img"', svg, count=1)
+    return Markup(re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1))
+
+
+def read_section(section: Mapping) -> dict:
+    """An extra section in the template's form: its columns are all keys of all rows, in the order of their first use."""
+    rows = section.get("rows", ())
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return {"title": section["title"], "note": section.get("note", ""), "html": Markup(section.get("html", "")), "rows": rows, "columns": columns}
+
+
+def format_share(value: float | None) -> str:
+    """0.8958 as 0.896."""
+    return NONE if value is None else f"{value:.3f}"
+
+
+def format_signed(value: float) -> str:
+    """-0.08 as −0.080, 0.08 as +0.080."""
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def format_interval(low: float | None, high: float | None, signed: bool = False) -> str:
+    """0.858–0.919; with signs `−0.120 to −0.045`."""
+    if low is None or high is None:
+        return NONE
+    return f"{format_signed(low)} to {format_signed(high)}" if signed else f"{low:.3f}–{high:.3f}"
+
+
+def format_p(value: float) -> str:
+    """A p value to three decimals, or as <0.001."""
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def format_percent(value: float) -> str:
+    """0.95 as 95 %."""
+    return f"{100 * value:.3g} %"
+
+
+def format_count(value: int | None) -> str:
+    """12345 as 12,345."""
+    return NONE if value is None else f"{value:,}"
+
+
+def format_label(value: int | None) -> str:
+    """A label with its name."""
+    return {1: "1 entailment", 0: "0 no entailment"}.get(value, "unparsed")
+
+
+def format_cell(value: object) -> str:
+    """Any value of an extra section's row."""
+    if value is None:
+        return NONE
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

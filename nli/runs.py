@@ -1,0 +1,143 @@
+"""A run's manifest: what was made, from what, by which code on which machine; and the guard that no two configs mix in one output.
+
+`<output>.manifest.json`, abridged:
+
+    {"stage": "thoughts", "status": "finished", "identity": {"model": "ministral-8b-2512", "prompt_sha256": "3f…", …}, "config": {…},
+     "inputs": {"/data/train.csv": {"sha256": "9c…", "bytes": 241133}}, "commit": "1f0c9…", "versions": {"ray": "2.60.0", …},
+     "hardware": {"cpus": 2, "memory_gb": 23.5, "gpus": []}, "attempts": [{"started": "2026-11-22T17:02:11+00:00", "seconds": 12.8}], "counts": {"rows": 2000}}
+
+`identity` holds the values that decide what an output contains; a rerun with another identity is refused, whatever else changed is only noted.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+from nli.config import as_dict
+from nli.errors import ResumeError
+from nli.storage import sha256_file, write_atomic
+
+_PACKAGES = ("ray", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "vllm", "mistralai", "aiohttp", "pyarrow")
+
+
+@dataclass
+class Run:
+    """One attempt at a stage. `was_finished` tells that an earlier attempt ended well."""
+
+    path: Path
+    manifest: dict
+    was_finished: bool
+    _clock: float = field(default_factory=time.monotonic)
+
+    def finish(self, counts: Mapping) -> None:
+        """Record that the stage is complete, with its counts and the seconds of this attempt."""
+        self.manifest["status"] = "finished"
+        self._save(counts)
+
+    def stop(self, counts: Mapping) -> None:
+        """Record an attempt that ends before the work does."""
+        self._save(counts)
+
+    def _save(self, counts: Mapping) -> None:
+        self.manifest["attempts"][-1]["seconds"] = round(time.monotonic() - self._clock, 2)
+        self.manifest["counts"] = dict(counts)
+        write_atomic(self.path, json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def start_run(path: Path, stage: str, identity: Mapping, config: object, inputs: Iterable[Path] = (), has_work: bool = True) -> Run:
+    """Open the manifest at `path` for a new attempt, after checking it against an earlier one's identity.
+
+    `has_work` is False when the outputs that an existing manifest speaks of are gone, so that there is nothing to mix with.
+    Raises ResumeError that shows each differing value.
+    """
+    identity = json.loads(json.dumps(identity))
+    earlier = read_manifest(path) if has_work else None
+    if earlier is not None:
+        differences = describe_differences(earlier["identity"], identity)
+        if differences:
+            raise ResumeError(
+                f"{path.parent} holds {stage} made another way ({path.name}):\n  "
+                + "\n  ".join(differences)
+                + "\nChoose another output, or move the earlier one away; nothing was changed."
+            )
+    manifest = {
+        "stage": stage,
+        "status": "running",
+        "identity": identity,
+        "config": as_dict(config),
+        "inputs": {str(item): {"sha256": sha256_file(item), "bytes": item.stat().st_size} for item in inputs},
+        "commit": read_commit(),
+        "versions": read_versions(),
+        "hardware": read_hardware(),
+        "attempts": [*(earlier or {}).get("attempts", []), {"started": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": None}],
+        "counts": (earlier or {}).get("counts", {}),
+    }
+    write_atomic(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    return Run(path, manifest, was_finished=earlier is not None and earlier["status"] == "finished")
+
+
+def read_manifest(path: Path) -> dict | None:
+    """A manifest, or None where there is none. Raises ResumeError if the file cannot be read as one."""
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        return manifest if manifest["identity"] is not None and manifest["status"] else None
+    except (ValueError, KeyError, TypeError):
+        raise ResumeError(f"{path}: not a manifest of this project; move it and the output beside it away.") from None
+
+
+def describe_differences(earlier: Mapping, now: Mapping) -> list[str]:
+    """`name: earlier value -> value now` for each value that differs."""
+    names = dict.fromkeys([*earlier, *now])
+    return [f"{name}: {earlier.get(name)!r} -> {now.get(name)!r}" for name in names if earlier.get(name) != now.get(name)]
+
+
+def manifest_beside(output: Path) -> Path:
+    """Where the manifest of an output file lies. A folder's manifest is its `manifest.json`."""
+    return output.with_name(output.name + ".manifest.json")
+
+
+def read_commit() -> str | None:
+    """The commit of the code, with `+changes` if files differ from it; None outside a checkout."""
+    folder = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if changed else "")
+
+
+def read_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that shape a result, those that are installed."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def read_hardware() -> dict:
+    """Processor, usable cores, memory in GB (10**9 bytes) and GPU names of the driver's machine."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        processor = models[0] if models else processor
+    gpus: list[str] = []
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+        gpus = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False).stdout.strip().splitlines()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return {"processor": processor, "cpus": len(os.sched_getaffinity(0)), "memory_gb": round(memory, 1), "gpus": gpus}

@@ -1,0 +1,195 @@
+"""Files: where outputs go, how they are written whole or not at all, and how rows are kept as they finish.
+
+    rows = RowFile(Path("data/original_thoughts/train.jsonl"))
+    finished = rows.read_finished()          # {row_key: row}, from the output and from an interrupted run's .partial file
+    rows.append([row, ...])                  # on disk when it returns
+    rows.finish([row, ...])                  # the output, complete and in input order; the .partial file goes
+"""
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from nli.config import is_submitted_job
+from nli.errors import DataError, StorageError
+from nli.records import row_key
+
+STORAGE_ROOT_VARIABLE = "NLI_STORAGE_ROOT"
+
+
+def resolve_output(path: str, storage_root: str) -> Path:
+    """Where an output goes: absolute as it is, relative below the storage root (the field, else NLI_STORAGE_ROOT, else the current folder).
+
+    Raises StorageError for a URI, and for a relative place under a submitted job, whose current folder vanishes with it.
+    """
+    place = _root(storage_root) / path
+    if "://" in path or "://" in storage_root:
+        raise StorageError(f"{path if '://' in path else storage_root}: object storage is not supported; give a folder that all nodes mount, such as NFS.")
+    if not place.is_absolute() and is_submitted_job():
+        raise StorageError(
+            f"{path}: a submitted job runs in a temporary copy of the folder, which vanishes with what it holds. "
+            f"Give an absolute --storage-root (or set {STORAGE_ROOT_VARIABLE}) on storage that all nodes mount."
+        )
+    return Path(os.path.abspath(place))
+
+
+def resolve_input(path: str, storage_root: str) -> Path:
+    """Where an input is: absolute as it is; relative below the storage root if it exists there (another stage made it), else below the current folder.
+
+    Raises DataError if there is no such file or folder.
+    """
+    candidates = [_root(storage_root) / path, Path(path)]
+    for candidate in candidates:
+        if path and candidate.exists():
+            return Path(os.path.abspath(candidate))
+    looked = " or ".join(dict.fromkeys(str(candidate) for candidate in candidates))
+    raise DataError(f"{path or '(no path)'}: no such file; looked for {looked}.")
+
+
+def _root(storage_root: str) -> Path:
+    return Path(storage_root or os.environ.get(STORAGE_ROOT_VARIABLE, ""))
+
+
+def write_atomic(path: Path, write: Callable[[Path], object] | str) -> None:
+    """Write a file beside its place, flush it to disk and rename it: readers see the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if isinstance(write, str):
+            aside.write_text(write, encoding="utf-8", newline="")
+        else:
+            write(aside)
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written ({error.strerror}). Free space or choose another output; what was there is untouched.") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def dump_line(row: Mapping) -> str:
+    """One row as a line of JSON, text unescaped, with its newline."""
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping]) -> None:
+    """Write rows as JSON Lines, atomically."""
+
+    def write(aside: Path) -> None:
+        with open(aside, "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(dump_line(row) for row in rows)
+
+    write_atomic(path, write)
+
+
+def write_csv(path: Path, rows: Sequence[Mapping], columns: Sequence[str]) -> None:
+    """Write the named columns of rows as CSV, atomically; None becomes an empty cell."""
+
+    def write(aside: Path) -> None:
+        with open(aside, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)  # the default \r\n line ends make it quote a lone \r inside a field
+            writer.writerow(columns)
+            writer.writerows([row.get(column) for column in columns] for row in rows)
+
+    write_atomic(path, write)
+
+
+def read_jsonl(path: Path, record: type[BaseModel]) -> list[dict]:
+    """Read and check a JSON Lines file. Raises DataError that names all faulty lines (the first ten), or an empty file."""
+    rows, faults = [], []
+    for number, line in _lines(path):
+        try:
+            row = json.loads(line)
+            record.model_validate(row)
+            rows.append(row)
+        except json.JSONDecodeError as error:
+            faults.append(f"{path}:{number}: not JSON ({error.msg} at character {error.pos + 1})")
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"]) or "the line"
+            faults.append(f"{path}:{number}: {name}: {first['msg'][0].lower()}{first['msg'][1:]}")
+    if faults:
+        raise DataError(summarise_faults(faults, f"each line must be a JSON object with the fields of {record.__name__}"))
+    if not rows:
+        raise DataError(f"{path}: the file is empty; the stage before it has made nothing.")
+    return rows
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
+            yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file.") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8.") from None
+
+
+def summarise_faults(faults: Sequence[str], cure: str, shown: int = 10) -> str:
+    """The first faults, one a line, how many more there are, and the cure."""
+    lines = list(faults[:shown])
+    if len(faults) > shown:
+        lines.append(f"... and {len(faults) - shown} more")
+    return "\n".join(lines) + f"\n{cure[0].upper()}{cure[1:]}."
+
+
+class RowFile:
+    """One output file of a stage that makes rows one by one.
+
+    Rows are appended to `<output>.partial` as they finish, and moved to the output, in input order, when all are there. A torn last line, as a kill
+    leaves it, is dropped and its row made again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.partial = path.with_name(path.name + ".partial")
+
+    def exists(self) -> bool:
+        """Whether anything of an earlier run is there."""
+        return self.path.exists() or self.partial.exists()
+
+    def read_finished(self) -> dict[str, dict]:
+        """Rows of earlier runs by row key; a later row replaces an earlier one of the same key."""
+        finished = {}
+        for path in (self.path, self.partial):
+            if not path.exists():
+                continue
+            data = path.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            if path == self.partial and len(whole) < len(data):
+                os.truncate(path, len(whole))
+            for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
+                try:
+                    row = json.loads(line)
+                    finished[row_key(row)] = row
+                except (ValueError, KeyError, TypeError):
+                    raise DataError(f"{path}:{number}: not a row of this project; repair or remove the line, and only its row is made again.") from None
+        return finished
+
+    def append(self, rows: Sequence[Mapping]) -> None:
+        """Add finished rows; they are on disk when this returns."""
+        try:
+            self.partial.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.partial, "a", encoding="utf-8", newline="\n") as file:
+                file.writelines(dump_line(row) for row in rows)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise StorageError(f"{self.partial}: cannot be written ({error.strerror}). The rows before are kept; mend it and run the command again.") from error
+
+    def finish(self, rows: Iterable[Mapping]) -> None:
+        """Write the output whole and drop the partial file."""
+        write_jsonl(self.path, rows)
+        self.partial.unlink(missing_ok=True)
