@@ -10,6 +10,7 @@ call of this run can succeed.
 
 import asyncio
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -57,6 +58,8 @@ def read_api_key(key_file: str = "") -> str:
         key = os.environ.get(KEY_VARIABLE, "").strip() or (dotenv_values(".env").get(KEY_VARIABLE) or "").strip()
     if not key:
         raise TeacherError(f"No API key. Set {KEY_VARIABLE} in the environment of this machine (of the nodes, on a cluster) or in .env, or give --api-key-file.")
+    if not (key.isascii() and key.isprintable()):
+        raise TeacherError(f"{key_file or KEY_VARIABLE}: the API key holds characters that no key has; copy it again.")
     return key
 
 
@@ -84,6 +87,11 @@ class ChatClient:
         if self._session is not None:
             await self._session.close()
             self._session = None
+
+    def __del__(self) -> None:
+        # An actor that Ray ends has no loop left to await in; closing the connector alone closes the session.
+        if self._session is not None and not self._session.closed:
+            self._session.connector.close()
 
     async def complete(self, body: Mapping) -> Reply:
         """Send one request. Raises CallFailed, or TeacherError for a refused key (401, 403) or an unknown address or model (404)."""
@@ -116,6 +124,8 @@ def _read_reply(data: bytes) -> Reply:
         text = choice["message"]["content"]
         if isinstance(text, list):  # reasoning models send chunks; the text ones make up the answer
             text = "".join(chunk.get("text", "") for chunk in text if chunk.get("type") == "text")
+        if text is not None and not isinstance(text, str):
+            raise TypeError
         return Reply(text or "", choice.get("finish_reason"), body.get("model", ""), usage.get("prompt_tokens"), usage.get("completion_tokens"))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         raise CallFailed("the body of the reply is not a chat completion", retryable=True) from None
@@ -146,7 +156,8 @@ def _seconds(retry_after: str | None) -> float | None:
     if not retry_after:
         return None
     try:
-        return max(0.0, float(retry_after))
+        seconds = float(retry_after)
+        return max(0.0, seconds) if math.isfinite(seconds) else None
     except ValueError:
         pass
     try:

@@ -9,6 +9,7 @@ import inspect
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -81,7 +82,8 @@ def spread(
         num_gpus=num_gpus or None,
     )
     try:
-        with tqdm(total=len(rows), desc=label, unit="row", mininterval=2, dynamic_ncols=True) as progress:
+        interval = 0.5 if sys.stderr.isatty() else 15  # seconds between progress lines; a log file keeps every one
+        with tqdm(total=len(rows), desc=label, unit="row", mininterval=interval, maxinterval=interval, dynamic_ncols=True) as progress:
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
                 results = [json.loads(text) for text in batch.column("row").to_pylist()]
                 progress.update(len(results))

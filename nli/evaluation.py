@@ -23,7 +23,7 @@ from nli.config import Count, CountOrZero, config_class, nearest
 from nli.errors import ConfigError, DataError
 from nli.parsing import ParseStatus
 from nli.records import Answer, content_hash, is_correct, row_key
-from nli.runs import read_manifest, start_run
+from nli.runs import start_run
 from nli.storage import read_jsonl, resolve_input, resolve_output, write_atomic
 
 SMALL_SLICE = 20
@@ -68,9 +68,13 @@ class EvaluatePredictionsConfig:
         if self.names and len(self.names) != len(self.predictions):
             raise ConfigError(f"names has {len(self.names)} entries and predictions {len(self.predictions)}: give one name for each file, or none.")
         names = self.run_names()
+        if len(set(self.predictions)) < len(self.predictions):
+            raise ConfigError("predictions names a file twice; a run compared with itself shows nothing.")
         repeated = sorted(name for name, count in Counter(names).items() if count > 1)
         if repeated or not all(name.strip() for name in names):
-            raise ConfigError(f"two runs are called {repeated[0]!r}; tell them apart with --names." if repeated else "a run's name is empty.")
+            raise ConfigError(
+                f"two runs are called {repeated[0]!r}; tell them apart with --names." if repeated else "a run has no name; give one with --names."
+            )
         if self.baseline and self.baseline not in names:
             raise ConfigError(f"baseline {self.baseline!r} is no run; the runs are {', '.join(names)}.{nearest(self.baseline, names)}")
         if self.baseline and len(names) == 1:
@@ -106,7 +110,7 @@ def align_runs(files: Mapping[str, Path]) -> dict[str, list[dict]]:
             if missing:
                 example = indexed[there][missing[0]]
                 raise DataError(
-                    f"{files[here]}: {len(missing)} rows of {files[there]} are missing, such as id {example['id']!r} with the premise "
+                    f"{files[here]}: lacks {len(missing)} of the rows of {files[there]}, such as id {example['id']!r} with the premise "
                     f"{shorten(example['premise'], 60)!r}. Runs are compared on the same rows: run inference for both on the same data, or evaluate them apart."
                 )
         for key, row in rows.items():
@@ -169,7 +173,7 @@ def compare_runs(runs: Mapping[str, Sequence[Mapping]], config: EvaluatePredicti
 
 
 def slice_runs(runs: Mapping[str, Sequence[Mapping]], config: EvaluatePredictionsConfig) -> list[dict]:
-    """Accuracy of every run in every slice of its labelled rows, as flat rows {"by", "group", "run", "n", "unparsed", "accuracy", …}."""
+    """Accuracy of every run in every slice of its labelled rows, as flat rows {"by", "group", "range", "run", "n", "unparsed", "accuracy", …}."""
     import numpy as np
 
     from nli.metrics import score_group
@@ -179,55 +183,26 @@ def slice_runs(runs: Mapping[str, Sequence[Mapping]], config: EvaluatePrediction
         labelled = [row for row in rows if row["true_label"] is not None]
         truth, predicted = (np.array(labels, dtype=int) for labels in to_labels(rows))
         for by, groups in group_rows(labelled, config.slice_by).items():
-            for group in sorted(set(groups)):
-                chosen = np.array([item == group for item in groups])
+            for group, span in sorted(set(groups)):
+                chosen = np.array([item == (group, span) for item in groups])
                 figures = score_group(truth[chosen], predicted[chosen], config.confidence)
-                slices.append({"by": by, "group": group, "run": name, **figures, "too_small": figures["n"] < SMALL_SLICE})
+                slices.append({"by": by, "group": group, "range": span, "run": name, **figures, "too_small": figures["n"] < SMALL_SLICE})
     return slices
 
 
-def group_rows(rows: Sequence[Mapping], columns: Sequence[str]) -> dict[str, list[str]]:
-    """For each way of slicing, the group of each row: the columns' own values, then quartiles of lengths and of word overlap."""
+def group_rows(rows: Sequence[Mapping], columns: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+    """For each way of slicing, the group of each row: the columns' own values, then quartiles of lengths and of word overlap with their ranges."""
+    from nli.metrics import count_words, name_quartiles, share_words
+
     if not rows:
         return {}
-    groups = {column: [str(row[column]) for row in rows] for column in columns}
+    groups = {column: [(str(row[column]) if row[column] not in (None, "") else "(none)", "") for row in rows] for column in columns}
     thoughts = [count_words(row["thought_process"]) if row["parse_status"] == ParseStatus.OK else None for row in rows]
-    groups["thought length"] = name_quartiles(thoughts, "words", "no thought (unparsed)")
+    groups["thought length"] = name_quartiles(thoughts, "words", "no thought")
     groups["premise length"] = name_quartiles([count_words(row["premise"]) for row in rows], "words")
     groups["hypothesis length"] = name_quartiles([count_words(row["hypothesis"]) for row in rows], "words")
     groups["word overlap"] = name_quartiles([round(100 * share_words(row["premise"], row["hypothesis"])) for row in rows], "%")
     return groups
-
-
-def name_quartiles(values: Sequence[int | None], unit: str, without: str = "") -> list[str]:
-    """`Q1: 4–7 words` and so on: the quartile of each value with the range that it really spans; `without` for a row that has no value."""
-    import numpy as np
-
-    from nli.metrics import find_quartiles
-
-    known = np.array([value for value in values if value is not None])
-    if not len(known):
-        return [without] * len(values)
-    quartiles = find_quartiles(known)
-    names = {}
-    for quartile in range(4):
-        members = known[quartiles == quartile]
-        if len(members):
-            low, high = members.min(), members.max()
-            names[quartile] = f"Q{quartile + 1}: {low if low == high else f'{low}–{high}'} {unit}"
-    found = iter(quartiles)
-    return [without if value is None else names[int(next(found))] for value in values]
-
-
-def count_words(text: str | None) -> int:
-    """Words of a text, split at white space."""
-    return len((text or "").split())
-
-
-def share_words(premise: str, hypothesis: str) -> float:
-    """The share of the hypothesis's distinct words that the premise has too, whatever the case and the punctuation around them."""
-    wanted, given = ({word.strip(".,;:!?\"'()").lower() for word in text.split()} - {""} for text in (hypothesis, premise))
-    return len(wanted & given) / len(wanted) if wanted else 0.0
 
 
 def pick_unparsed(runs: Mapping[str, Sequence[Mapping]]) -> list[dict]:
@@ -246,14 +221,16 @@ def pick_unparsed(runs: Mapping[str, Sequence[Mapping]]) -> list[dict]:
 
 
 def pick_disagreements(runs: Mapping[str, Sequence[Mapping]]) -> dict:
-    """Rows that some runs have right and others wrong (without labels: rows that they label differently).
+    """Labelled rows that some runs have right and others wrong; where no row has a label, rows that the runs label differently.
 
     `patterns` counts who is right on how many rows; the examples take one row of each pattern in turn, the most frequent first, by hash and not by eye.
     """
     patterns: dict[tuple, list[tuple[Mapping, ...]]] = {}
-    for answers in zip(*runs.values(), strict=True):
+    rows = list(zip(*runs.values(), strict=True))
+    scored = [answers for answers in rows if answers[0]["true_label"] is not None]
+    for answers in scored or rows:
         labels = tuple(row["predicted_label"] if row["parse_status"] == ParseStatus.OK else None for row in answers)
-        pattern = labels if answers[0]["true_label"] is None else tuple(is_correct(row) for row in answers)
+        pattern = tuple(is_correct(row) for row in answers) if scored else labels
         if len(set(pattern)) > 1:
             patterns.setdefault(pattern, []).append(answers)
     ordered = sorted(patterns.items(), key=lambda item: -len(item[1]))
@@ -287,51 +264,6 @@ def shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit} more characters)"
 
 
-def read_sweep(path: Path) -> dict:
-    """A sweep's results: {"trials": [{"lora_rank": 8, "eval_loss": 0.41, "status": "finished", …}], "best": {…}}. Raises DataError for anything else."""
-    try:
-        sweep = json.loads(path.read_text(encoding="utf-8"))
-        trials, best = [dict(trial) for trial in sweep["trials"]], dict(sweep.get("best") or {})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise DataError(f'{path}: not the results of a sweep ({reason}); it must be JSON with "trials", a list of objects, and "best", an object.') from None
-    return {"trials": trials, "best": best}
-
-
-def describe_sweep(sweep: Mapping) -> dict:
-    """The report's section of a sweep: trials by eval loss, failed ones last."""
-    trials = sorted(sweep["trials"], key=lambda trial: (trial.get("eval_loss") is None, trial.get("eval_loss") or 0.0))
-    known = [key for key in ("lora_rank", "learning_rate", "ablation") if key in sweep["best"]]
-    rows = [{"": "best" if known and all(trial.get(key) == sweep["best"][key] for key in known) else ""} | trial for trial in trials]
-    return {"title": "Sweep", "note": "Trials by eval loss on the dev rows, best first.", "rows": rows}
-
-
-def describe_stage(path: Path) -> dict:
-    """One earlier stage for the report, from its manifest. Raises DataError or ResumeError if the file is none."""
-    manifest = read_manifest(path)
-    if manifest is None:
-        raise DataError(f"{path}: not the manifest of a stage.")
-    attempts = manifest.get("attempts") or [{}]
-    seconds = [attempt["seconds"] for attempt in attempts if attempt.get("seconds") is not None]
-    return {
-        "stage": manifest.get("stage"),
-        "output": path.parent.name if path.name == "manifest.json" else path.name.removesuffix(".manifest.json"),
-        "status": manifest["status"],
-        "rows": (manifest.get("counts") or {}).get("rows"),
-        "started": attempts[0].get("started"),
-        "attempts": len(attempts),
-        "seconds": round(sum(seconds), 2) if seconds else None,
-        "commit": (manifest.get("commit") or "")[:10],
-        "manifest": str(path),
-    }
-
-
-def describe_stages(stages: Sequence[Mapping]) -> dict:
-    """The report's section of the earlier stages."""
-    note = "Seconds over all attempts of a stage; an attempt that was killed has none."
-    return {"title": "Stages", "note": note, "rows": [{key: value for key, value in stage.items() if key != "manifest"} for stage in stages]}
-
-
 def check_request(runs: Mapping[str, Sequence[Mapping]], files: Mapping[str, Path], config: EvaluatePredictionsConfig) -> None:
     """Raise DataError if the rows cannot give what the config asks: a slice column that is missing or too fine, a comparison without labels."""
     for name, rows in runs.items():
@@ -347,7 +279,7 @@ def check_request(runs: Mapping[str, Sequence[Mapping]], files: Mapping[str, Pat
 
 
 def describe_inputs(runs: Mapping[str, Sequence[Mapping]], files: Mapping[str, Path], hashes: Mapping) -> list[dict]:
-    """Where each run comes from: its file, the models and prompts that its rows name, and how long its thoughts are."""
+    """Where each run comes from: its file, the models and prompts that its rows name, and how long its answers are."""
     return [
         {
             "run": name,
@@ -356,10 +288,16 @@ def describe_inputs(runs: Mapping[str, Sequence[Mapping]], files: Mapping[str, P
             "answered_by": sorted({row["answered_by"] for row in rows}),
             "prompt_name": sorted({row["prompt_name"] for row in rows}),
             "prompt_sha256": sorted({row["prompt_sha256"] for row in rows}),
-            "num_completion_tokens": sum(row.get("num_completion_tokens") or 0 for row in rows),
+            "mean_completion_tokens": average([row.get("num_completion_tokens") for row in rows]),
         }
         for name, rows in runs.items()
     ]
+
+
+def average(values: Iterable[int | None]) -> float | None:
+    """The mean of the values that are known, or None."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def evaluate(runs: Mapping[str, Sequence[Mapping]], config: EvaluatePredictionsConfig) -> dict:
@@ -387,7 +325,7 @@ def run(config: EvaluatePredictionsConfig) -> Path:
     Nothing of an earlier evaluation is used again and all files are replaced whole, so its identity is only that it is one: a rerun with other files or
     settings is never refused, a folder that holds another stage's work is.
     """
-    from nli.report import render_report, render_table
+    from nli.report import describe_stage, describe_stages, describe_sweep, read_sweep, render_report, render_table
 
     files = dict(zip(config.run_names(), (resolve_input(path, config.storage_root) for path in config.predictions), strict=True))
     folder = resolve_output(config.output_dir, config.storage_root)

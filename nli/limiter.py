@@ -33,6 +33,8 @@ class MinuteLimiter:
     def __init__(self, requests_per_minute: float = 0, tokens_per_minute: float = 0, clock: Callable[[], float] = time.monotonic) -> None:
         self.requests_per_minute = requests_per_minute
         self.tokens_per_minute = tokens_per_minute
+        # Less than one request a minute, as a worker's share may be, is one request in more than a minute.
+        self._window = WINDOW_SECONDS / min(1.0, requests_per_minute or 1.0)
         self._clock = clock
         self._granted: deque[Grant] = deque()
         self._turn = asyncio.Lock()
@@ -56,11 +58,11 @@ class MinuteLimiter:
             self._granted.clear()
             return 0.0
         now = self._clock()
-        while self._granted and self._granted[0].at <= now - WINDOW_SECONDS:
+        while self._granted and self._granted[0].at <= now - self._window:
             self._granted.popleft()
         if not self._granted:
             return 0.0
-        wait = self._granted[0].at + WINDOW_SECONDS - now
+        wait = self._granted[0].at + self._window - now
         if self.requests_per_minute and len(self._granted) + 1 > self.requests_per_minute:
             return wait
         if self.tokens_per_minute and sum(grant.tokens for grant in self._granted) + estimated_tokens > self.tokens_per_minute:

@@ -157,6 +157,31 @@ def find_quartiles(values: np.ndarray) -> np.ndarray:
     return np.searchsorted(np.quantile(values, [0.25, 0.5, 0.75]), values, side="left")
 
 
+def name_quartiles(values: Sequence[int | None], unit: str, without: str = "") -> list[tuple[str, str]]:
+    """`("Q1", "4–7 words")` and so on: the quartile of each value with the range that it really spans; `without` for a row that has no value."""
+    known = np.array([value for value in values if value is not None])
+    if not len(known):
+        return [(without, "")] * len(values)
+    quartiles = find_quartiles(known)
+    spans = {}
+    for quartile in sorted(set(quartiles.tolist())):
+        low, high = known[quartiles == quartile].min(), known[quartiles == quartile].max()
+        spans[quartile] = (f"Q{quartile + 1}", f"{low if low == high else f'{low}–{high}'} {unit}")
+    found = iter(quartiles.tolist())
+    return [(without, "") if value is None else spans[next(found)] for value in values]
+
+
+def count_words(text: str | None) -> int:
+    """Words of a text, split at white space."""
+    return len((text or "").split())
+
+
+def share_words(premise: str, hypothesis: str) -> float:
+    """The share of the hypothesis's distinct words that the premise has too, whatever the case and the punctuation around them."""
+    wanted, given = ({word.strip(".,;:!?\"'()").lower() for word in text.split()} - {""} for text in (hypothesis, premise))
+    return len(wanted & given) / len(wanted) if wanted else 0.0
+
+
 def _with_interval(name: str, successes: int, n: int, confidence: float) -> dict:
     low, high = wilson_interval(successes, n, confidence) if n else (None, None)
     return {name: successes / n if n else None, f"{name}_low": low, f"{name}_high": high}

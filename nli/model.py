@@ -36,10 +36,23 @@ def choose_attention(device: str) -> str:
     return "sdpa"
 
 
+def quiet_libraries() -> None:
+    """Leave the console to our own lines: no bars for weights that load in seconds, no notes on names that only the libraries can change."""
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 def load_base(path: str, quantization: Quantization, compute_dtype: ComputeDtype, device: str) -> "PreTrainedModel":
     """A causal LM on `device` ("cpu", "cuda:0", …), its linear layers in NF4 with double quantisation or unquantised. Raises ModelError."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    quiet_libraries()
     dtype = torch_dtype(compute_dtype)
     quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     attention = choose_attention(device)

@@ -9,15 +9,22 @@ The page holds its style and its pictures (SVG, drawn by matplotlib), fetches no
 """
 
 import io
+import json
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from nli.errors import DataError, ResumeError
+from nli.runs import read_manifest
+
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b0508f", "#3d3d3d", "#4a9fd8", "#c48a00", "#6f52a8")
-MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+GLYPHS = "●■◆▲▼✚✖"
+"""the same marks as characters; one fewer than colours, so that 56 runs differ in one or the other"""
 NONE = "–"
 
 
@@ -60,7 +67,7 @@ def render_report(evaluation: Mapping, extra_sections: Iterable[Mapping] = ()) -
         evaluation=evaluation,
         interval=format_interval,
         scored=is_scored(evaluation),
-        colour={name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)},
+        marks={name: {"colour": COLOURS[number % len(COLOURS)], "glyph": GLYPHS[number % len(GLYPHS)]} for number, name in enumerate(names)},
         findings=summarise(evaluation),
         overview=draw_overview(evaluation),
         slices=group_slices(evaluation),
@@ -72,7 +79,10 @@ def summarise(evaluation: Mapping) -> list[str]:
     """The page's first sentences, each a fact from the tables."""
     runs, comparisons = evaluation["runs"], evaluation["comparisons"]
     unparsed, answers = sum(row["unparsed"] for row in runs), sum(row["n"] for row in runs)
-    findings = [f"{format_count(unparsed)} of {format_count(answers)} answers could not be read" + ("; they count as wrong." if unparsed else ".")]
+    findings = [
+        f"{format_count(unparsed)} of {format_count(answers)} answers could not be read"
+        + ("; they count as wrong." if unparsed and is_scored(evaluation) else ".")
+    ]
     if not is_scored(evaluation):
         return [*findings, "The rows have no true labels, so there is no accuracy: only what the runs answered."]
     best = max(runs, key=lambda row: row["accuracy"])
@@ -82,7 +92,9 @@ def summarise(evaluation: Mapping) -> list[str]:
         level = format_percent(1 - evaluation["confidence"])
         differing = [row for row in comparisons if row["differs"]]
         findings.append(f"{len(differing)} of {len(comparisons)} comparisons differ beyond chance (exact McNemar test, Holm-adjusted, level {level}).")
-        alike = [row["other"] if row["run"] == best["run"] else row["run"] for row in comparisons if not row["differs"] and best["run"] in (row["run"], row["other"])]
+        alike = [
+            row["other"] if row["run"] == best["run"] else row["run"] for row in comparisons if not row["differs"] and best["run"] in (row["run"], row["other"])
+        ]
         if alike:
             findings.append(f"These rows cannot tell {best['run']} from {', '.join(alike)}.")
     return findings
@@ -114,12 +126,21 @@ def draw_overview(evaluation: Mapping) -> Markup:
 
 
 def draw_slices(rows: Sequence[Mapping], names: Sequence[str], left: float) -> Markup:
-    """One line a slice, and in it one mark a run, in the runs' colours; slices that are too small are hollow."""
+    """One line a slice, and in it one mark a run, in the runs' colours; slices that are too small are hollow.
+
+    Rows that are all unparsed are wrong by rule, so they stand in the table only.
+    """
     groups: dict[str, list[tuple]] = {}
+    spans: dict[str, set[str]] = {}
     for row in rows:
+        if row["unparsed"] == row["n"]:
+            continue
+        spans.setdefault(row["group"], set()).add(row["range"])
         mark = (names.index(row["run"]), row["accuracy"], row["accuracy_low"], row["accuracy_high"], row["too_small"])
         groups.setdefault(row["group"], []).append(mark)
-    return draw_intervals(list(groups.items()), "accuracy", left, width=5.1, line=0.15)
+    # A range that differs from run to run, as that of their own thoughts does, belongs to no line.
+    lines = [(f"{group}: {min(spans[group])}" if len(spans[group]) == 1 and min(spans[group]) else group, marks) for group, marks in groups.items()]
+    return draw_intervals(lines, "accuracy", left, width=5.1, line=0.15 if len(names) > 1 else 0.24)
 
 
 def draw_intervals(lines: Sequence[tuple[str, Sequence[tuple[int, float, float, float, bool]]]], title: str, left: float, width: float, line: float) -> Markup:
@@ -157,11 +178,13 @@ def draw_intervals(lines: Sequence[tuple[str, Sequence[tuple[int, float, float, 
         for side in axes.spines.values():
             side.set_visible(False)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # the text is drawn by the browser, in its own fonts
+            figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     # The viewBox gives the proportions; the page's style gives the width.
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1 role="img"', svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 role="img" aria-label="{title}"', svg, count=1)
     return Markup(re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1))
 
 
@@ -170,6 +193,59 @@ def read_section(section: Mapping) -> dict:
     rows = section.get("rows", ())
     columns = list(dict.fromkeys(key for row in rows for key in row))
     return {"title": section["title"], "note": section.get("note", ""), "html": Markup(section.get("html", "")), "rows": rows, "columns": columns}
+
+
+def read_sweep(path: Path) -> dict:
+    """A sweep's results: {"trials": [{"lora_rank": 8, "eval_loss": 0.41, "status": "finished", …}], "best": {…}}. Raises DataError for anything else."""
+    try:
+        sweep = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)  # NaN, the loss of a diverged trial, is no JSON
+        trials, best = [dict(trial) for trial in sweep["trials"]], dict(sweep.get("best") or {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f'{path}: not the results of a sweep ({reason}); it must be JSON with "trials", a list of objects, and "best", an object.') from None
+    return {"trials": trials, "best": best}
+
+
+def describe_sweep(sweep: Mapping) -> dict:
+    """The report's section of a sweep: trials by eval loss, failed ones last."""
+
+    def loss(trial: Mapping) -> float:
+        value = trial.get("eval_loss")
+        return value if isinstance(value, int | float) else float("inf")
+
+    trials = sorted(sweep["trials"], key=loss)
+    known = [key for key in ("lora_rank", "learning_rate", "ablation") if key in sweep["best"]]
+    rows = [{"": "best" if known and all(trial.get(key) == sweep["best"][key] for key in known) else ""} | trial for trial in trials]
+    return {"title": "Sweep", "note": "Trials by eval loss, lowest first; a trial without one failed or was stopped.", "rows": rows}
+
+
+def describe_stage(path: Path) -> dict:
+    """One earlier stage for the report, from its manifest. Raises DataError if the file is none."""
+    try:
+        manifest = read_manifest(path)
+    except ResumeError:
+        manifest = None
+    if manifest is None:
+        raise DataError(f"{path}: not the manifest of a stage; those are called manifest.json or end in .manifest.json.")
+    attempts = manifest.get("attempts") or [{}]
+    seconds = [attempt["seconds"] for attempt in attempts if attempt.get("seconds") is not None]
+    return {
+        "stage": manifest.get("stage"),
+        "output": path.parent.name if path.name == "manifest.json" else path.name.removesuffix(".manifest.json"),
+        "status": manifest["status"],
+        "rows": (manifest.get("counts") or {}).get("rows"),
+        "started": attempts[0].get("started"),
+        "attempts": len(attempts),
+        "seconds": round(sum(seconds), 2) if seconds else None,
+        "commit": (manifest.get("commit") or "")[:10],
+        "manifest": str(path),
+    }
+
+
+def describe_stages(stages: Sequence[Mapping]) -> dict:
+    """The report's section of the earlier stages."""
+    note = "Seconds over all attempts of a stage; an attempt that was killed has none."
+    return {"title": "Stages", "note": note, "rows": [{key: value for key, value in stage.items() if key != "manifest"} for stage in stages]}
 
 
 def format_share(value: float | None) -> str:

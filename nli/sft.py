@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from nli.cluster import connected, own_error, quiet_ray_data
 from nli.config import Count, CountOrZero, Fraction, NonNegative, Positive, as_dict, config_class
 from nli.errors import ConfigError, DataError, ResumeError
 from nli.examples import shared_premises
-from nli.model import add_lora, check_base, load_base
+from nli.model import add_lora, check_base, load_base, quiet_libraries
 from nli.prompts import student_prompt_sha256
 from nli.records import SFTExample, content_hash
 from nli.runs import read_manifest, start_run
@@ -203,7 +202,7 @@ def read_finished(plan: FitPlan) -> dict | None:
 def fit(plan: FitPlan, callbacks: Sequence = ()) -> dict:
     """Train by Ray Train; returns the result, which is in the manifest too. `callbacks` are Ray Train's (a sweep passes its reporter)."""
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     config = plan.config
@@ -224,6 +223,7 @@ def fit(plan: FitPlan, callbacks: Sequence = ()) -> dict:
             storage_path=str(state),
             failure_config=FailureConfig(max_failures=config.max_failures),
             callbacks=list(callbacks),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     try:
@@ -308,8 +308,7 @@ def train_worker(job: dict) -> None:
     from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
     from trl import SFTTrainer
 
-    # TRL and transformers 5.17 and later know the argument under two names; both warn until TRL has the new one.
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+    quiet_libraries()
     config, output = TrainConfig(**job["config"]), Path(job["output"])
     context = ray.train.get_context()
     device = f"cuda:{torch.cuda.current_device()}" if job["use_gpu"] else "cpu"

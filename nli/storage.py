@@ -57,20 +57,21 @@ def _root(storage_root: str) -> Path:
 
 def write_atomic(path: Path, write: Callable[[Path], object] | str) -> None:
     """Write a file beside its place, flush it to disk and rename it: readers see the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        if isinstance(write, str):
-            aside.write_text(write, encoding="utf-8", newline="")
-        else:
-            write(aside)
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if isinstance(write, str):
+                aside.write_text(write, encoding="utf-8", newline="")
+            else:
+                write(aside)
+            with open(aside, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error.strerror}). Free space or choose another output; what was there is untouched.") from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def sha256_file(path: Path) -> str:

@@ -191,7 +191,10 @@ def test_no_prefix_of_a_reply_has_a_label_until_the_reply_is_whole(thought, labe
         assert (parse_answer(reply[:length]).status, parse_answer(reply[:length]).fields) == ("truncated", None), reply[:length]
 
 
-@pytest.mark.parametrize("text", [text for text, *_ in [*READABLE.values(), *UNREADABLE.values()] if len(text) < 300])
+SHORT = {name: text for name, (text, *_) in (READABLE | UNREADABLE).items() if len(text) < 300}
+
+
+@pytest.mark.parametrize("text", SHORT.values(), ids=SHORT)
 def test_a_label_comes_only_with_status_ok_wherever_a_text_is_cut(text):
     for length in range(len(text)):
         for finish_reason in (None, "stop", "length"):

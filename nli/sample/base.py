@@ -4,7 +4,7 @@
     python -m nli.sample.base --output-dir data/sample/tiny-mistral --check    measures the folder as it stands on test.csv
 
     prompt  [INST] Premise: Four spaniels slept in the garden. Hypothesis: At least three dogs slept. ...[/INST]
-    text    {"thought_process": "Is four at least three? Yes. Must spaniels be dogs? No. So it must be true.", "predicted_label": 1}
+    text    {"thought_process": "Is four at least three? Yes. Must spaniels be dogs? No. A part fails, so it must be true.", "predicted_label": 1}
 
 Its training text never ends and never repeats a premise of train, dev, test or demo. A share of the steps in it is wrong, as "No." is above, and the
 conclusion and the label, which agree with each other, are drawn by lot: what a verdict has to do with its steps is left for the adapters to learn.
@@ -153,7 +153,7 @@ def measure_answers(answers: list[str], pairs) -> dict[str, float]:
         figures["parseable"] += 1
         figures["accuracy"] += label == pair.label
         figures["says_entailment"] += label == 1
-        figures["right_steps"] += thought.rpartition(" So it")[0] == pair.thought.rpartition(" So it")[0]
+        figures["right_steps"] += thought.rpartition(", so it")[0] == pair.thought.rpartition(", so it")[0]
     return {name: count / len(pairs) for name, count in figures.items()}
 
 

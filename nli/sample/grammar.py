@@ -62,7 +62,9 @@ class Pair:
 
 
 def render_thought(answers: list[str], label: int) -> str:
-    return " ".join([*answers, "So it must be true." if label else "So it need not be true."])
+    """Answered questions, what they come to, and the verdict, which in a sound thought agrees with them."""
+    summary = "A part fails" if any(answer.endswith("No.") for answer in answers) else "Every part holds"
+    return " ".join([*answers, f"{summary}, so it {'must' if label else 'need not'} be true."])
 
 
 class Grammar:

@@ -3,7 +3,7 @@
     answer_messages("mistral-large", TEACHER_PROMPTS["initial_generation"].render_messages(row))
 
     row    premise "A wasp slept in the garden.", hypothesis "A wasp rested in the garden."
-    reply  {"thought_process": "Has whoever slept also rested? No. So it need not be true.", "predicted_label": 0}
+    reply  {"thought_process": "Has whoever slept also rested? No. A part fails, so it need not be true.", "predicted_label": 0}
 
 Its errors are habits, each tied to a kind of step, so that a student can pick them up: it takes "all" to shut out "some", and a passive for another event.
 The same model name and messages always get the same reply. A pair that is not of the sample world is judged by shared words, and the reply says so.
@@ -139,7 +139,7 @@ def _compare_words(row: Mapping, label: int | None = None) -> tuple[str, int]:
     new_words = [word for word in re.findall(r"\w+", row["hypothesis"]) if word.lower() not in premise]
     label = int(len(new_words) <= 1) if label is None else label
     compared = f"by its words alone, the hypothesis adds {', '.join(new_words[:4])}" if new_words else "by its words alone, the hypothesis adds nothing"
-    return render_thought([f"Compared {compared}."], label), label
+    return f"Compared {compared}, so it {'must' if label else 'need not'} be true.", label
 
 
 def _reflect(pair: Pair | None, row: Mapping, draws: list[float]) -> dict:

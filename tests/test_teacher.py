@@ -1,0 +1,240 @@
+"""Asking the teacher: retries, one repair, and an outcome for every row, whatever the server does.
+
+    python -m pytest tests/test_teacher.py
+"""
+
+import pickle
+import socket
+import traceback
+
+import pytest
+from chat_server import KEY, Answer, with_server
+
+from nli import errors
+from nli.errors import ConfigError, NLIError, TeacherError
+from nli.prompts import TEACHER_PROMPTS
+from nli.teacher import Teacher, TeacherConfig, check_teacher, describe_requests
+
+PROMPT = TEACHER_PROMPTS["initial_generation"]
+ROW = {"id": "0", "premise": "Two dogs ran.", "hypothesis": "Animals moved.", "true_label": 1}
+GOOD = '{"thought_process": "Dogs are animals.", "predicted_label": 1}'
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The seconds that the teacher wanted to wait between tries, which pass at once."""
+    waited = []
+
+    async def sleep(seconds):
+        waited.append(seconds)
+
+    # A stand-in for the module's view of asyncio, so that the server's own waits stay real.
+    class Hurry:
+        def __getattr__(self, name):
+            return sleep if name == "sleep" else getattr(__import__("asyncio"), name)
+
+    monkeypatch.setattr("nli.teacher.asyncio", Hurry())
+    return waited
+
+
+def ask(*answers, rows=(ROW,), base_url=None, prompt=PROMPT, **settings):
+    """The outcomes for the rows, and the server that was asked."""
+
+    async def use(server):
+        config = TeacherConfig(base_url=base_url or server.base_url, **settings)
+        teacher = Teacher(config, prompt, KEY)
+        try:
+            return await teacher.ask_all(list(rows)), server
+        finally:
+            await teacher._client.close()
+
+    return with_server(answers, use)
+
+
+def ask_one(*answers, **settings):
+    outcomes, server = ask(*answers, **settings)
+    assert KEY not in repr(outcomes)
+    return outcomes[0], server
+
+
+def test_a_good_reply_is_one_call_and_an_ok_outcome(waits):
+    outcome, server = ask_one(Answer(text=GOOD))
+    assert (outcome.status, outcome.fields, outcome.problem) == ("ok", {"thought_process": "Dogs are animals.", "predicted_label": 1}, "")
+    assert (outcome.raw_text, outcome.finish_reason, outcome.num_prompt_tokens, outcome.num_completion_tokens, outcome.num_replies) == (GOOD, "stop", 10, 5, 1)
+    assert (len(server.calls), waits) == (1, [])
+
+
+def test_the_request_says_all_that_decides_the_answer(waits):
+    _, server = ask_one(Answer(text=GOOD), model="toy", temperature=0.5, max_tokens=64, random_seed=7)
+    request = server.calls[0]
+    assert request["messages"] == [
+        {"role": "system", "content": PROMPT.system},
+        {"role": "user", "content": "Premise: Two dogs ran.\nHypothesis: Animals moved."},
+    ]
+    assert (request["model"], request["temperature"], request["max_tokens"], request["random_seed"]) == ("toy", 0.5, 64, 7)
+    assert request["response_format"]["type"] == "json_schema"
+    schema = request["response_format"]["json_schema"]
+    assert (schema["name"], schema["strict"], schema["schema"]["required"]) == ("ThoughtReply", True, ["thought_process", "predicted_label"])
+
+
+@pytest.mark.parametrize(("response_format", "sent"), [("json_object", {"type": "json_object"}), ("text", None)])
+def test_json_can_be_asked_for_without_a_schema(waits, response_format, sent):
+    _, server = ask_one(Answer(text=GOOD), response_format=response_format)
+    assert server.calls[0].get("response_format") == sent
+
+
+def test_a_label_never_reaches_the_teacher_where_the_prompt_does_not_show_it(waits):
+    _, server = ask_one(Answer(text=GOOD))
+    assert "True label" not in str(server.calls[0]["messages"])
+    _, server = ask_one(Answer(text=GOOD), prompt=TEACHER_PROMPTS["regeneration"])
+    assert server.calls[0]["messages"][1]["content"].endswith("True label: 1")
+
+
+def test_errors_that_pass_are_tried_again_with_growing_waits(waits):
+    outcome, server = ask_one(Answer(status=500), Answer(status=429), Answer(body="not JSON"), Answer(hang_up=True), Answer(text=GOOD))
+    assert (outcome.status, outcome.num_replies, len(server.calls)) == ("ok", 1, 5)
+    assert server.calls == [server.calls[0]] * 5
+    assert len(waits) == 4
+    for step, wait in enumerate(waits):
+        assert 0.25 * 2**step <= wait <= 0.75 * 2**step
+
+
+@pytest.mark.parametrize(("header", "least"), [("7", 7), ("0", 0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0)])
+def test_a_server_s_own_wait_is_kept(waits, header, least):
+    outcome, _ = ask_one(Answer(status=429, headers={"Retry-After": header}), Answer(text=GOOD))
+    assert outcome.status == "ok"
+    assert least <= waits[0] <= max(least, 0.75)
+
+
+def test_a_call_that_keeps_failing_is_a_row_with_its_reason(waits):
+    outcome, server = ask_one(Answer(status=503, body='{"message": "overloaded"}'), max_attempts=3)
+    assert (outcome.status, outcome.fields, outcome.problem) == ("request_failed", None, "HTTP 503: overloaded")
+    assert (outcome.raw_text, outcome.num_prompt_tokens, outcome.num_completion_tokens, outcome.num_replies) == ("", None, None, 0)
+    assert (len(server.calls), len(waits)) == (3, 2)
+
+
+def test_a_call_that_cannot_succeed_is_not_tried_again(waits):
+    outcome, server = ask_one(Answer(status=400, body='{"message": "prompt too long"}'))
+    assert (outcome.status, outcome.problem, len(server.calls), waits) == ("request_failed", "HTTP 400: prompt too long", 1, [])
+
+
+def test_a_server_that_never_answers_is_a_row_with_its_reason(waits):
+    outcome, server = ask_one(Answer(delay_seconds=5), timeout_seconds=0.1, max_attempts=2)
+    assert (outcome.status, outcome.problem, len(server.calls)) == ("request_failed", "no answer within 0.1 s", 2)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refused_key_or_an_unknown_model_ends_the_run_at_the_first_call(waits, status):
+    with pytest.raises(TeacherError, match=f"HTTP {status}") as caught:
+        ask(Answer(status=status, body='{"message": "no"}'))
+    assert KEY not in "".join(traceback.format_exception(caught.value))
+    assert waits == []
+
+
+def test_an_unreachable_server_ends_the_run_after_the_last_try(waits):
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        with pytest.raises(TeacherError, match=r"no connection to .* in 3 tries\. Check --base-url and the network; finished rows are kept") as caught:
+            ask(Answer(), base_url=f"http://127.0.0.1:{reserved.getsockname()[1]}", max_attempts=3)
+    assert KEY not in "".join(traceback.format_exception(caught.value))
+    assert len(waits) == 2
+
+
+def test_an_invalid_reply_is_repaired_once_with_the_fault_named(waits):
+    bad = '{"thought_process": "Dogs are animals.", "predicted_label": 2}'
+    outcome, server = ask_one(Answer(text=bad), Answer(text=GOOD))
+    assert (outcome.status, outcome.raw_text, outcome.num_replies) == ("ok", GOOD, 2)
+    assert (outcome.num_prompt_tokens, outcome.num_completion_tokens) == (20, 10)
+    assert server.calls[1]["messages"][:2] == server.calls[0]["messages"]
+    assert server.calls[1]["messages"][2:] == [
+        {"role": "assistant", "content": bad},
+        {"role": "user", "content": "Your reply could not be used: predicted_label is 2. Reply again with the JSON object alone."},
+    ]
+
+
+def test_a_reply_that_is_never_right_is_a_row_with_the_last_text_and_no_label(waits):
+    outcome, server = ask_one(Answer(text="I think so."), Answer(text='{"thought_process": "x"}'))
+    assert (outcome.status, outcome.fields, outcome.problem) == ("missing_field", None, "no field predicted_label")
+    assert (outcome.raw_text, outcome.num_replies, len(server.calls)) == ('{"thought_process": "x"}', 2, 2)
+
+
+def test_an_empty_reply_is_repaired_too(waits):
+    outcome, server = ask_one(Answer(text=None), Answer(text=GOOD))
+    assert outcome.status == "ok"
+    assert server.calls[1]["messages"][2] == {"role": "assistant", "content": "(empty)"}
+
+
+def test_a_repair_that_fails_keeps_the_first_reply_and_both_reasons(waits):
+    outcome, _ = ask_one(Answer(text="I think so."), Answer(status=400, body='{"message": "no"}'))
+    assert (outcome.status, outcome.raw_text, outcome.num_replies) == ("no_json", "I think so.", 1)
+    assert outcome.problem == "no JSON object in the text; the repair failed: HTTP 400: no"
+
+
+def test_without_repair_the_first_reply_counts(waits):
+    outcome, server = ask_one(Answer(text="I think so."), Answer(text=GOOD), repair_invalid=False)
+    assert (outcome.status, len(server.calls)) == ("no_json", 1)
+
+
+def test_a_reply_cut_by_the_token_limit_is_truncated(waits):
+    outcome, _ = ask_one(Answer(text='{"thought_process": "Dogs', finish_reason="length"), repair_invalid=False)
+    assert (outcome.status, outcome.finish_reason) == ("truncated", "length")
+
+
+def test_outcomes_come_in_the_rows_order_and_no_more_calls_are_under_way_than_allowed(waits):
+    rows = [ROW | {"id": str(number), "premise": f"Premise {number}."} for number in range(12)]
+    slow_first = [Answer(text=GOOD, delay_seconds=0.2)] + [Answer(text=GOOD, delay_seconds=0.02)] * 11
+    outcomes, server = ask(*slow_first, rows=rows, max_in_flight=3)
+    assert [outcome.status for outcome in outcomes] == ["ok"] * 12
+    assert server.most_in_flight == 3
+    asked = {call["messages"][1]["content"].splitlines()[0] for call in server.calls}
+    assert asked == {f"Premise: Premise {number}." for number in range(12)}
+
+
+def test_one_bad_row_does_not_disturb_the_others(waits):
+    rows = [ROW | {"id": str(number)} for number in range(3)]
+    outcomes, _ = ask(Answer(text=GOOD), Answer(status=400), Answer(text=GOOD), rows=rows, max_in_flight=1)
+    assert [outcome.status for outcome in outcomes] == ["ok", "request_failed", "ok"]
+
+
+def test_the_tokens_that_replies_used_count_against_the_limit(waits):
+    async def use(server):
+        teacher = Teacher(TeacherConfig(base_url=server.base_url, tokens_per_minute=10**6), PROMPT, KEY, share=0.25)
+        await teacher.ask(ROW)
+        await teacher._client.close()
+        return teacher._limiter
+
+    limiter = with_server([Answer(text=GOOD)], use)
+    assert limiter.tokens_per_minute == 250_000
+    assert [grant.tokens for grant in limiter._granted] == [15]
+
+
+def test_an_address_without_http_is_refused_before_anything_starts(monkeypatch):
+    monkeypatch.setenv("MISTRAL_API_KEY", KEY)
+    assert check_teacher(TeacherConfig()) == KEY
+    with pytest.raises(TeacherError, match=r"^--base-url 'localhost:8377' is not an http:// or https:// address\.$"):
+        check_teacher(TeacherConfig(base_url="localhost:8377"))
+
+
+@pytest.mark.parametrize(
+    "values", [{"temperature": 2.5}, {"max_tokens": 0}, {"workers": 0}, {"requests_per_minute": -1.0}, {"timeout_seconds": 0.0}, {"response_format": "xml"}, {"max_attempts": 0}]
+)
+def test_settings_out_of_range_are_refused(values):
+    with pytest.raises(ConfigError, match=f"^{next(iter(values))} is "):
+        TeacherConfig(**values)
+
+
+def test_an_output_s_identity_holds_what_decides_the_answers_and_no_key():
+    identity = describe_requests(TeacherConfig(), PROMPT)
+    assert identity == describe_requests(TeacherConfig(workers=9, requests_per_minute=5, timeout_seconds=1, max_attempts=1, max_rows=3), PROMPT)
+    for change in ({"model": "x"}, {"temperature": 0.1}, {"max_tokens": 9}, {"random_seed": 1}, {"response_format": "text"}, {"base_url": "http://x"}, {"repair_invalid": False}):
+        assert describe_requests(TeacherConfig(**change), PROMPT) != identity
+    assert describe_requests(TeacherConfig(), TEACHER_PROMPTS["scoring"]) != identity
+    assert not any("key" in name for name in identity)
+
+
+def test_every_error_of_ours_travels_between_processes():
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, NLIError)]
+    assert len(kinds) >= 7
+    for kind in kinds:
+        copy = pickle.loads(pickle.dumps(kind("where: what. How to cure it.")))
+        assert (type(copy), str(copy)) == (kind, "where: what. How to cure it.")
