@@ -8,7 +8,6 @@ A call is made once; retrying is the caller's. A failure is one of two: CallFail
 call of this run can succeed.
 """
 
-import asyncio
 import json
 import math
 import os
@@ -57,7 +56,9 @@ def read_api_key(key_file: str = "") -> str:
 
         key = os.environ.get(KEY_VARIABLE, "").strip() or (dotenv_values(".env").get(KEY_VARIABLE) or "").strip()
     if not key:
-        raise TeacherError(f"No API key. Set {KEY_VARIABLE} in the environment of this machine (of the nodes, on a cluster) or in .env, or give --api-key-file.")
+        raise TeacherError(
+            f"No API key. Set {KEY_VARIABLE} in the environment of this machine (of the nodes, on a cluster) or in .env, or give --api-key-file."
+        )
     if not (key.isascii() and key.isprintable()):
         raise TeacherError(f"{key_file or KEY_VARIABLE}: the API key holds characters that no key has; copy it again.")
     return key
@@ -107,7 +108,7 @@ class ChatClient:
             raise Unreachable(f"no connection to {self._url} ({error.os_error.strerror or error.os_error})", retryable=True) from None
         except (aiohttp.ClientError, ConnectionError) as error:
             raise CallFailed(f"the connection broke ({type(error).__name__})", retryable=True) from None
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise CallFailed(f"no answer within {self._timeout.total:g} s", retryable=True) from None
         return _read_reply(data)
 

@@ -94,11 +94,16 @@ def spread(
 
 def quiet_ray_data() -> None:
     """Leave the console to our own progress lines; Ray Data's stay in its log files."""
+    import warnings
+
     import ray
+
+    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors", category=UserWarning)
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal").setLevel(logging.ERROR)
 

@@ -1,6 +1,6 @@
 """A chat-completions server for tests, which answers what the test says, one call after another.
 
-    with_server([Answer(status=500), Answer(text='{"predicted_label": 1}')], use)    # runs `await use(server)`; `server.calls` keeps what was asked
+with_server([Answer(status=500), Answer(text='{"predicted_label": 1}')], use)    # runs `await use(server)`; `server.calls` keeps what was asked
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """One call in the chat-completions wire format, against a server that answers what the test says.
 
-    python -m pytest tests/test_chat_api.py
+python -m pytest tests/test_chat_api.py
 """
 
 import asyncio
@@ -125,7 +125,19 @@ def test_a_retry_after_that_is_no_time_is_ignored(header):
 
 @pytest.mark.parametrize(
     "body",
-    ["", "not JSON", '{"choices": [', "[]", "null", "{}", '{"choices": []}', '{"choices": [{}]}', '{"choices": [{"message": {}}]}', '{"choices": [{"message": {"content": 7}}]}', b"\xff"],
+    [
+        "",
+        "not JSON",
+        '{"choices": [',
+        "[]",
+        "null",
+        "{}",
+        '{"choices": []}',
+        '{"choices": [{}]}',
+        '{"choices": [{"message": {}}]}',
+        '{"choices": [{"message": {"content": 7}}]}',
+        b"\xff",
+    ],
 )
 def test_a_body_that_is_no_completion_is_a_failed_call(body):
     error = failure_of(Answer(body=body))

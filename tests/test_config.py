@@ -1,6 +1,6 @@
 """Configs: defaults, then the file, then flags; nothing unknown, mistyped or out of range gets through.
 
-    python -m pytest tests/test_config.py
+python -m pytest tests/test_config.py
 """
 
 import importlib
@@ -61,7 +61,12 @@ def parse(*argv):
 
 def every_config_class() -> dict[str, type]:
     modules = [importlib.import_module(f"nli.{module.name}") for module in pkgutil.iter_modules(nli.__path__) if not module.ispkg]
-    classes = [value for module in modules for name, value in vars(module).items() if inspect.isclass(value) and name.endswith("Config") and value.__module__.startswith("nli.")]
+    classes = [
+        value
+        for module in modules
+        for name, value in vars(module).items()
+        if inspect.isclass(value) and name.endswith("Config") and value.__module__.startswith("nli.")
+    ]
     return {cls.__name__: cls for cls in classes}
 
 
@@ -80,7 +85,9 @@ def test_without_a_file_the_defaults_hold():
 
 def test_a_variant_is_a_replacement_of_another_file_s_config(config_file):
     config_file("config = ToyConfig(lora_rank=8)", name="base.py")
-    path = config_file("import runpy", "from dataclasses import replace", "from pathlib import Path", "base = runpy.run_path(str(Path(__file__).parent / 'base.py'))['config']")
+    path = config_file(
+        "import runpy", "from dataclasses import replace", "from pathlib import Path", "base = runpy.run_path(str(Path(__file__).parent / 'base.py'))['config']"
+    )
     with open(path, "a", encoding="utf-8") as file:
         file.write("config = replace(base, schedule='cosine')\n")
     assert (load_config(path, ToyConfig).lora_rank, load_config(path, ToyConfig).schedule) == (8, "cosine")

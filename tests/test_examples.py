@@ -1,6 +1,6 @@
 """Reading pairs from CSV: every character as it stands in the file, and every fault named with its line before anything starts.
 
-    python -m pytest tests/test_examples.py
+python -m pytest tests/test_examples.py
 """
 
 import csv
@@ -144,7 +144,8 @@ def test_text_passes_from_csv_through_json_lines_to_csv_unchanged(tmp_path, text
 
 def test_all_odd_texts_in_one_file_keep_their_rows(tmp_path):
     rows = [
-        {"id": name, "premise": text, "hypothesis": text[::-1], "true_label": index % 2 if index % 3 else None} for index, (name, text) in enumerate(ODD_TEXTS.items())
+        {"id": name, "premise": text, "hypothesis": text[::-1], "true_label": index % 2 if index % 3 else None}
+        for index, (name, text) in enumerate(ODD_TEXTS.items())
     ]
     write_csv(tmp_path / "odd.csv", rows, ["id", "premise", "hypothesis", "true_label"])
     assert read_examples(tmp_path / "odd.csv") == rows

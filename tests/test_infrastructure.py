@@ -1,6 +1,6 @@
 """Image, cluster and job files, checked without a cloud: against Ray's own schema and validators, and against each other.
 
-    python -m pytest tests/test_infrastructure.py
+python -m pytest tests/test_infrastructure.py
 """
 
 import json
@@ -153,8 +153,26 @@ def test_a_job_s_folder_holds_code_configs_and_sample_and_nothing_else(tmp_path)
     from ray._private.runtime_env.packaging import create_package
 
     project = tmp_path / "project"
-    travels = ["nli/sft.py", "nli/report.html.j2", "nli/sample/world.py", "ray_jobs/train_sft.py", "configs/demo/pipeline.py", "data/sample/train.csv", "runtime_env.yaml"]
-    stays = [".env", "demo/report.html", "data/original_data/train.csv", "data/finetune/a.jsonl", "models/a/weights", "results/a.jsonl", "sweeps/a.json", "wandb/a", "tests/test_a.py"]
+    travels = [
+        "nli/sft.py",
+        "nli/report.html.j2",
+        "nli/sample/world.py",
+        "ray_jobs/train_sft.py",
+        "configs/demo/pipeline.py",
+        "data/sample/train.csv",
+        "runtime_env.yaml",
+    ]
+    stays = [
+        ".env",
+        "demo/report.html",
+        "data/original_data/train.csv",
+        "data/finetune/a.jsonl",
+        "models/a/weights",
+        "results/a.jsonl",
+        "sweeps/a.json",
+        "wandb/a",
+        "tests/test_a.py",
+    ]
     for name in travels + stays:
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         (project / name).write_text("x")
@@ -228,7 +246,7 @@ def test_the_image_is_built_on_ray_s_own_of_the_pinned_version_for_gpu_and_cpu()
     assert instructions[1] == ("FROM", "${BASE}")
     assert f"BASE=rayproject/ray:{RAY}-py312-cpu --build-arg VARIANT=cpu" in read("Dockerfile")
     install = next(arguments for name, arguments in instructions if name == "RUN" and "pip install" in arguments)
-    for part in ("constraints=constraints-gpu.txt index=cu130", "constraints=constraints.txt index=cpu", 'grep \'^torch==\' "$constraints"'):
+    for part in ("constraints=constraints-gpu.txt index=cu130", "constraints=constraints.txt index=cpu", "grep '^torch==' \"$constraints\""):
         assert part in install
 
 

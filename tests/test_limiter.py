@@ -1,6 +1,6 @@
 """The sliding minute, on a clock that the test turns.
 
-    python -m pytest tests/test_limiter.py
+python -m pytest tests/test_limiter.py
 """
 
 import asyncio

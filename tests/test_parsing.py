@@ -1,6 +1,6 @@
 """The parser against replies as models write them: the right status, the right label or none, and the text unchanged.
 
-    python -m pytest tests/test_parsing.py
+python -m pytest tests/test_parsing.py
 """
 
 import json
@@ -40,7 +40,11 @@ READABLE = {
     "an outer object that is never closed": ('{"answer": {"thought_process": "x", "predicted_label": 0}', "x", 0),
     "two equal objects": (GOOD + "\n" + GOOD, THOUGHT, 1),
     "two objects that disagree: the first is the answer": (GOOD + ' {"thought_process": "Or not.", "predicted_label": 0}', THOUGHT, 1),
-    "another pair made up after the answer": (GOOD + "\n[INST] Premise: A.\nHypothesis: B.[/INST]" + '{"thought_process": "y", "predicted_label": 0}', THOUGHT, 1),
+    "another pair made up after the answer": (
+        GOOD + "\n[INST] Premise: A.\nHypothesis: B.[/INST]" + '{"thought_process": "y", "predicted_label": 0}',
+        THOUGHT,
+        1,
+    ),
     "another object before": ('{"premise": "Two dogs ran."} ' + GOOD, THOUGHT, 1),
     "an empty object before": ("{} " + GOOD, THOUGHT, 1),
     "the student prompt's skeleton before": (INSTRUCTION + "\n" + GOOD, THOUGHT, 1),
@@ -54,7 +58,11 @@ READABLE = {
         'It says {"thought_process": "y", "predicted_label": 0}.',
         1,
     ),
-    "raw newlines in a string": ('{"thought_process": "Step 1: a.\nStep 2: b.\r\nStep 3: c.", "predicted_label": 1}', "Step 1: a.\nStep 2: b.\r\nStep 3: c.", 1),
+    "raw newlines in a string": (
+        '{"thought_process": "Step 1: a.\nStep 2: b.\r\nStep 3: c.", "predicted_label": 1}',
+        "Step 1: a.\nStep 2: b.\r\nStep 3: c.",
+        1,
+    ),
     "escaped newlines": (r'{"thought_process": "Step 1: a.\nStep 2: b.", "predicted_label": 1}', "Step 1: a.\nStep 2: b.", 1),
     "a raw tab and a control character": ('{"thought_process": "a\tb\x01c", "predicted_label": 1}', "a\tb\x01c", 1),
     "escaped quotes": (r'{"thought_process": "He said \"no\".", "predicted_label": 0}', 'He said "no".', 0),

@@ -1,6 +1,6 @@
 """A run's manifest, and the guard that no two configs mix in one output.
 
-    python -m pytest tests/test_runs.py
+python -m pytest tests/test_runs.py
 """
 
 import json

@@ -1,6 +1,6 @@
 """Where files go, and that they are written whole or not at all.
 
-    python -m pytest tests/test_storage.py
+python -m pytest tests/test_storage.py
 """
 
 import csv
@@ -155,7 +155,13 @@ def test_faulty_lines_are_all_named_and_missing_empty_or_foreign_files_are_refus
     with pytest.raises(DataError) as caught:
         read_jsonl(path, Example)
     lines = str(caught.value).replace(str(path), "a.jsonl").splitlines()
-    assert [line.split(": ")[0] for line in lines] == ["a.jsonl:1", "a.jsonl:3", "a.jsonl:4", "a.jsonl:5", "Each line must be a JSON object with the fields of Example."]
+    assert [line.split(": ")[0] for line in lines] == [
+        "a.jsonl:1",
+        "a.jsonl:3",
+        "a.jsonl:4",
+        "a.jsonl:5",
+        "Each line must be a JSON object with the fields of Example.",
+    ]
     assert "not JSON" in lines[0]
     assert "true_label" in lines[1]
     assert "hypothesis: field required" in lines[3]

@@ -1,6 +1,6 @@
 """Asking the teacher: retries, one repair, and an outcome for every row, whatever the server does.
 
-    python -m pytest tests/test_teacher.py
+python -m pytest tests/test_teacher.py
 """
 
 import pickle
@@ -216,7 +216,16 @@ def test_an_address_without_http_is_refused_before_anything_starts(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "values", [{"temperature": 2.5}, {"max_tokens": 0}, {"workers": 0}, {"requests_per_minute": -1.0}, {"timeout_seconds": 0.0}, {"response_format": "xml"}, {"max_attempts": 0}]
+    "values",
+    [
+        {"temperature": 2.5},
+        {"max_tokens": 0},
+        {"workers": 0},
+        {"requests_per_minute": -1.0},
+        {"timeout_seconds": 0.0},
+        {"response_format": "xml"},
+        {"max_attempts": 0},
+    ],
 )
 def test_settings_out_of_range_are_refused(values):
     with pytest.raises(ConfigError, match=f"^{next(iter(values))} is "):
@@ -226,7 +235,15 @@ def test_settings_out_of_range_are_refused(values):
 def test_an_output_s_identity_holds_what_decides_the_answers_and_no_key():
     identity = describe_requests(TeacherConfig(), PROMPT)
     assert identity == describe_requests(TeacherConfig(workers=9, requests_per_minute=5, timeout_seconds=1, max_attempts=1, max_rows=3), PROMPT)
-    for change in ({"model": "x"}, {"temperature": 0.1}, {"max_tokens": 9}, {"random_seed": 1}, {"response_format": "text"}, {"base_url": "http://x"}, {"repair_invalid": False}):
+    for change in (
+        {"model": "x"},
+        {"temperature": 0.1},
+        {"max_tokens": 9},
+        {"random_seed": 1},
+        {"response_format": "text"},
+        {"base_url": "http://x"},
+        {"repair_invalid": False},
+    ):
         assert describe_requests(TeacherConfig(**change), PROMPT) != identity
     assert describe_requests(TeacherConfig(), TEACHER_PROMPTS["scoring"]) != identity
     assert not any("key" in name for name in identity)

@@ -22,7 +22,9 @@ from nli.sample.grammar import Pair, render_thought
 from nli.sample.tokenizer import build_tokenizer, encode_example
 from nli.sample.world import build_splits, generate_pairs
 
+# Shares of the steps that are wrong, of the texts that are notes; and how much a prompt's token counts beside a completion's.
 WRONG_STEP_SHARE = 0.15
+NOTE_SHARE = 0.15
 PROMPT_LOSS_WEIGHT = 0.1
 _PRACTICE = {"time": 2.0, "passive": 2.0, "detail": 1.5, "numbers": 1.5}
 _IGNORED = -100
@@ -38,12 +40,22 @@ def write_base_text(pair: Pair, rng: random.Random) -> tuple[str, str]:
     return render_student_prompt(pair.premise, pair.hypothesis), render_completion(render_thought(answers, label), label)
 
 
+def write_note(pair: Pair, rng: random.Random) -> str:
+    """A loose note in the same language, outside any task: its verdict does follow from its answers."""
+    holds = [step.holds and rng.random() < 0.8 for step in pair.steps]
+    return render_thought([step.answer(held) for step, held in zip(pair.steps, holds, strict=True)], int(all(holds)))
+
+
 def generate_batches(tokenizer, batch_size: int, seed: int) -> Iterator[list[tuple[list[int], int]]]:
     """Batches of (token ids, length of the prompt), alike in length so that little is padded."""
     pairs, rng = generate_pairs(seed, shares=_PRACTICE), random.Random(seed + 1)
     while True:
         pool = []
         for _ in range(16 * batch_size):
+            if rng.random() < NOTE_SHARE:
+                ids = tokenizer.encode(write_note(next(pairs), rng), add_special_tokens=False)
+                pool.append(([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], 1))
+                continue
             prompt, completion = write_base_text(next(pairs), rng)
             pool.append((encode_example(tokenizer, prompt, completion), len(encode_example(tokenizer, prompt))))
         pool.sort(key=lambda example: len(example[0]))

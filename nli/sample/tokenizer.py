@@ -6,7 +6,6 @@ All 256 bytes are in the vocabulary, so any text comes back byte for byte. What 
 around a thought, is one token each: the tiny model then spends its short context, and a laptop its time, on the pair and the thought.
 """
 
-import json
 from collections.abc import Iterable
 from itertools import islice
 
@@ -70,7 +69,3 @@ def encode_example(tokenizer, prompt: str, completion: str = "") -> list[int]:
     text = f"{prompt} {completion}" if completion else prompt
     ids = tokenizer.encode(text, add_special_tokens=False)
     return [tokenizer.bos_token_id, *ids, *([tokenizer.eos_token_id] if completion else [])]
-
-
-def describe(tokenizer) -> str:
-    return json.dumps({"vocabulary": len(tokenizer), "pad": tokenizer.pad_token, "bos": tokenizer.bos_token, "eos": tokenizer.eos_token})
