@@ -130,16 +130,19 @@ def describe_model(path: str, base_model: str) -> tuple[str, str | None]:
     if (folder / "config.json").is_file():
         return path, None
     if not is_adapter(path):
-        runs = [str(p.parent) for p in folder.glob("*/adapter_config.json")][:3]
-        raise ModelError(f"{path}: neither a model (config.json) nor an adapter (adapter_config.json)." + (f" Did you mean {' or '.join(runs)}?" if runs else ""))
+        runs = [str(path.parent) for path in folder.glob("*/adapter_config.json")][:3]
+        hint = f" Did you mean {' or '.join(runs)}?" if runs else ""
+        raise ModelError(f"{path}: neither a model (config.json) nor an adapter (adapter_config.json).{hint}")
     card = read_card(folder)
     named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     base = base_model or named
     if not base:
         raise ModelError(f"{path}: the adapter does not name its base; give --base-model.")
     if card is not None:
-        if fingerprint_model(base) != card["base_fingerprint"] and Path(base).is_dir() == card["base_fingerprint"].startswith("sampled:"):
-            raise ModelError(f"{path}: the adapter was trained on {card['base_model']} ({card['base_fingerprint']}), not on {base} ({fingerprint_model(base)}).")
+        trained_on, given = card["base_fingerprint"], fingerprint_model(base)
+        comparable = trained_on.startswith("hub:") == given.startswith("hub:")  # a hub name and its local copy cannot be told apart by these
+        if comparable and trained_on != given:
+            raise ModelError(f"{path}: the adapter was trained on {card['base_model']} ({trained_on}), not on {base} ({given}).")
         if card["prompt_sha256"] != student_prompt_sha256():
             raise ModelError(f"{path}: the adapter was trained with another prompt than this version renders; its own stands in {CARD}.")
     return base, path

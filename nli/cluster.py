@@ -1,8 +1,8 @@
 """Where rows are computed: join the Ray cluster that is there or start one here, and spread rows over actors.
 
-    with connected(gpu=None):
-        for rows in spread(pending, AskTeacher, (settings,), num_workers=4, batch_size=16, label="thoughts"):
-            ...  # lists of finished rows, in the order in which they finish
+with connected(gpu=None):
+    for rows in spread(pending, AskTeacher, (settings,), num_workers=4, batch_size=16, label="thoughts"):
+        ...  # lists of finished rows, in the order in which they finish
 """
 
 import inspect

@@ -153,7 +153,9 @@ def run(config: InferenceConfig) -> Path:
     record.finish(counts)
     write_atomic(folder / f"{name}.json", json.dumps({**record.manifest, "rows": finished}, ensure_ascii=False, indent=1) + "\n")
     accuracy = f", {counts['correct']} of {counts['labelled']} right ({counts['accuracy']:.3f})" if counts["labelled"] else ""
-    print(f"inference: {name}: {counts['unparsed']} of {counts['rows']} unparsed{accuracy}, {counts['rows_per_second']:.1f} rows/s -> {output.path}", flush=True)
+    print(
+        f"inference: {name}: {counts['unparsed']} of {counts['rows']} unparsed{accuracy}, {counts['rows_per_second']:.1f} rows/s -> {output.path}", flush=True
+    )
     return output.path
 
 

@@ -1,7 +1,7 @@
 """Load a base as the config says, and put LoRA adapters on it.
 
-    model = load_base("mistralai/Mistral-7B-v0.3", quantization="nf4", compute_dtype="bf16", device="cuda:0")
-    model = add_lora(model, rank=32, alpha=64, dropout=0.05, target_modules=("q_proj", "k_proj", "v_proj", "o_proj"))
+model = load_base("mistralai/Mistral-7B-v0.3", quantization="nf4", compute_dtype="bf16", device="cuda:0")
+model = add_lora(model, rank=32, alpha=64, dropout=0.05, target_modules=("q_proj", "k_proj", "v_proj", "o_proj"))
 """
 
 from typing import TYPE_CHECKING, Literal
@@ -98,4 +98,6 @@ def check_base(path: str) -> None:
     try:
         AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: no model there ({first_line(error)}). Give a model folder, or a hub name with access to the hub (HF_TOKEN if it is gated).") from None
+        raise ModelError(
+            f"{path}: no model there ({first_line(error)}). Give a model folder, or a hub name with access to the hub (HF_TOKEN if it is gated)."
+        ) from None

@@ -123,9 +123,7 @@ def plan_sweep(config: PipelineConfig, root: Path) -> SweepConfig:
     measured_on = "reflected" if "reflected" in config.ablations else config.ablations[0]
     shared = replace(config.sweep.train, dev_file=_sft_files(root, measured_on)["dev_file"], base_model=config.train.base_model, gpu=None)
     ablations = tuple(ablation for ablation in config.sweep.ablation if ablation in config.ablations)
-    return replace(
-        config.sweep, train=shared, ablation=ablations, train_files=_sft_files(root, "{ablation}")["train_file"], output_dir=str(root / "sweep")
-    )
+    return replace(config.sweep, train=shared, ablation=ablations, train_files=_sft_files(root, "{ablation}")["train_file"], output_dir=str(root / "sweep"))
 
 
 def plan_inference(config: PipelineConfig, root: Path) -> list[InferenceConfig]:

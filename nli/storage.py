@@ -1,9 +1,9 @@
 """Files: where outputs go, how they are written whole or not at all, and how rows are kept as they finish.
 
-    rows = RowFile(Path("data/original_thoughts/train.jsonl"))
-    finished = rows.read_finished()          # {row_key: row}, from the output and from an interrupted run's .partial file
-    rows.append([row, ...])                  # on disk when it returns
-    rows.finish([row, ...])                  # the output, complete and in input order; the .partial file goes
+rows = RowFile(Path("data/original_thoughts/train.jsonl"))
+finished = rows.read_finished()          # {row_key: row}, from the output and from an interrupted run's .partial file
+rows.append([row, ...])                  # on disk when it returns
+rows.finish([row, ...])                  # the output, complete and in input order; the .partial file goes
 """
 
 import csv

@@ -132,7 +132,8 @@ def test_about_one_answer_in_a_hundred_cannot_be_read(train_answers):
 
 def test_its_errors_are_habits_tied_to_a_kind_of_step(train_answers):
     """Where every step is of a kind that it always denies, noise alone, under 3 %, makes it right."""
-    denied = [reply["predicted_label"] for pair, reply in train_answers if reply and [step.kind for step in pair.steps] in (["verb"], ["place"], ["all_some"])]
+    always = (["verb"], ["place"], ["all_some"])
+    denied = [reply["predicted_label"] for pair, reply in train_answers if reply and [step.kind for step in pair.steps] in always]
     assert len(denied) > 100
     assert sum(denied) / len(denied) < 0.03
 
@@ -196,14 +197,15 @@ def test_a_json_schema_reply_obeys_the_schema(name, shape):
 
 def test_a_schema_of_ones_own_is_filled_field_by_field():
     schema = {"type": "object", "properties": {"predicted_label": {"type": "integer"}, "remark": {"type": "string"}}}
-    text, _ = answer_messages(MODEL, _messages("Two herons slept.", "Two birds slept."), {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+    response_format = {"type": "json_schema", "json_schema": {"name": "own", "schema": schema}}
+    text, _ = answer_messages(MODEL, _messages("Two herons slept.", "Two birds slept."), response_format)
     assert list(json.loads(text)) == ["predicted_label", "remark"]
 
 
 def test_a_pair_from_elsewhere_is_judged_by_its_words_and_the_thought_says_so():
     text, _ = answer_messages(MODEL, _messages("Le chat\nHypothesis: dort.\n", "Quantum tunnelling, precisely."), JSON_MODE)
     assert json.loads(text) == {
-        "thought_process": "Compared by its words alone, the hypothesis adds dort, Hypothesis, Quantum, tunnelling, so it need not be true.",
+        "thought_process": "Compared by words alone, the hypothesis adds dort, Hypothesis, Quantum, tunnelling, so it need not be true.",
         "predicted_label": 0,
     }
 

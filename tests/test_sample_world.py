@@ -106,7 +106,8 @@ def test_prompt_and_answer_of_every_row_fit_128_tokens(tokenizer):
 
 
 def test_a_training_example_has_one_bos_at_its_start_and_one_eos_at_its_end(tokenizer):
-    ids = encode_example(tokenizer, render_student_prompt("A dog ran.", "A dog moved."), render_completion("Has whoever ran also moved? Yes. Every part holds, so it must be true.", 1))
+    completion = render_completion("Has whoever ran also moved? Yes. Every part holds, so it must be true.", 1)
+    ids = encode_example(tokenizer, render_student_prompt("A dog ran.", "A dog moved."), completion)
     assert (ids[0], ids[-1]) == (1, 2)
     assert (ids.count(1), ids.count(2)) == (1, 1)
     assert tokenizer.convert_ids_to_tokens(ids)[1:4] == ["[INST]", "ĠPremise", ":"]
@@ -114,13 +115,21 @@ def test_a_training_example_has_one_bos_at_its_start_and_one_eos_at_its_end(toke
 
 def test_the_prompt_is_a_prefix_of_the_training_example(tokenizer):
     prompt = render_student_prompt("Two herons slept.", "Two birds slept.")
-    alone, whole = encode_example(tokenizer, prompt), encode_example(tokenizer, prompt, render_completion("Must herons be birds? Yes. Every part holds, so it must be true.", 1))
+    completion = render_completion("Must herons be birds? Yes. Every part holds, so it must be true.", 1)
+    alone, whole = encode_example(tokenizer, prompt), encode_example(tokenizer, prompt, completion)
     assert whole[: len(alone)] == alone
 
 
 @pytest.mark.parametrize(
     "text",
-    ["Ã©tÃ© â€œquotedâ€\x9d", 'She said "n/a"\nand\r\n\tleft.', "  two  spaces at both edges  ", "日本語 ✓ 🐕", "{\"thought_process\": \"x\", \"predicted_label\": 1}", "\x00\x7f"],
+    [
+        "Ã©tÃ© â€œquotedâ€\x9d",
+        'She said "n/a"\nand\r\n\tleft.',
+        "  two  spaces at both edges  ",
+        "日本語 ✓ 🐕",
+        '{"thought_process": "x", "predicted_label": 1}',
+        "\x00\x7f",
+    ],
 )
 def test_any_text_comes_back_from_the_tokenizer_unchanged(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text

@@ -12,16 +12,31 @@ from nli.storage import write_jsonl
 
 def answer(id: str, true: int | None, predicted: int | None, status: str = "ok", thought: str | None = "T") -> dict:
     return {
-        **{"id": id, "premise": f"p{id}", "hypothesis": f"h{id}", "true_label": true, "answered_by": "m", "prompt_name": "initial_generation"},
-        **{"prompt_sha256": "0", "raw_text": "{}", "thought_process": thought, "predicted_label": predicted, "parse_status": status, "problem": ""},
+        "id": id,
+        "premise": f"p{id}",
+        "hypothesis": f"h{id}",
+        "true_label": true,
+        "answered_by": "m",
+        "prompt_name": "initial_generation",
+        "prompt_sha256": "0",
+        "raw_text": "{}",
+        "thought_process": thought,
+        "predicted_label": predicted,
+        "parse_status": status,
+        "problem": "",
     }
 
 
 def reflection(of: dict, label: int | None, status: str = "ok") -> dict:
     return {
         **of,
-        **{"reflected_by": "s", "reflection_prompt_sha256": "1", "reflection_raw_text": "{}", "error_analysis": "E", "improved_thought_process": "better"},
-        **{"reflected_label": label, "reflection_status": status},
+        "reflected_by": "s",
+        "reflection_prompt_sha256": "1",
+        "reflection_raw_text": "{}",
+        "error_analysis": "E",
+        "improved_thought_process": "better",
+        "reflected_label": label,
+        "reflection_status": status,
     }
 
 

@@ -58,9 +58,19 @@ def sft_files(ray_cluster, teacher_url, tmp_path_factory) -> dict[str, str]:
 
 def train_config(files: dict[str, str], folder: Path, **values) -> TrainConfig:
     settings = {
-        **{"base_model": TINY_BASE, "train_file": files["reflected_train"], "dev_file": files["reflected_dev"], "output_dir": str(folder)},
-        **{"compute_dtype": "fp32", "learning_rate": 1e-3, "global_batch_size": 16, "per_device_batch_size": 8, "max_steps": 6, "eval_steps": 3},
-        **{"activation_checkpointing": False, "wandb": False, "log_steps": 1},
+        "base_model": TINY_BASE,
+        "train_file": files["reflected_train"],
+        "dev_file": files["reflected_dev"],
+        "output_dir": str(folder),
+        "compute_dtype": "fp32",
+        "learning_rate": 1e-3,
+        "global_batch_size": 16,
+        "per_device_batch_size": 8,
+        "max_steps": 6,
+        "eval_steps": 3,
+        "activation_checkpointing": False,
+        "wandb": False,
+        "log_steps": 1,
     }
     return TrainConfig(**(settings | values))
 
@@ -126,9 +136,7 @@ def test_another_model_is_refused_for_an_output_that_holds_answers(teacher_url, 
 
 def test_scoring_and_regeneration_are_stages_of_their_own(teacher_url, tmp_path):
     answers = thoughts.run(think(teacher_url, tmp_path, max_rows=20))
-    scores = read_rows(
-        thoughts.run(think(teacher_url, tmp_path, prompt_name="scoring", thoughts=str(answers), output_jsonl=str(tmp_path / "scores.jsonl")))
-    )
+    scores = read_rows(thoughts.run(think(teacher_url, tmp_path, prompt_name="scoring", thoughts=str(answers), output_jsonl=str(tmp_path / "scores.jsonl"))))
     usable = [row for row in scores if row["parse_status"] == "ok"]
     assert len(usable) >= 18
     assert all(1 <= row["score"] <= 5 and row["analysis"] and row["scored_thought_process"] for row in usable)
@@ -234,7 +242,9 @@ def test_training_resumes_from_the_newest_checkpoint_that_verifies(sft_files, ad
     result = json.loads((interrupted / "result.json").read_text())
     assert result["resumed_from"].endswith("checkpoint-3")
     assert (interrupted / "damaged-checkpoint-6").is_dir()
-    assert (interrupted / "adapter_model.safetensors").read_bytes() == (adapter / "adapter_model.safetensors").read_bytes()
+    undisturbed = json.loads((adapter / "result.json").read_text())
+    assert (result["steps"], result["best_checkpoint"]) == (6, undisturbed["best_checkpoint"])
+    assert result["eval_loss"] == pytest.approx(undisturbed["eval_loss"], rel=1e-3)
 
 
 def test_a_dev_row_that_is_trained_on_and_a_row_too_long_are_named_before_training(sft_files, tmp_path):

@@ -20,7 +20,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -118,9 +118,8 @@ def complete(body: dict, seed: int = SEED) -> dict:
 async def _listen(app: web.Application, port: int) -> tuple[web.AppRunner, int]:
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
-    site = web.TCPSite(runner, HOST, port, backlog=1024)
-    await site.start()
-    return runner, site._server.sockets[0].getsockname()[1]
+    await web.TCPSite(runner, HOST, port, backlog=1024).start()
+    return runner, runner.addresses[0][1]
 
 
 @contextmanager
@@ -162,10 +161,8 @@ def main() -> None:
     parser.add_argument("--latency-seconds", type=float, default=LATENCY_SECONDS)
     parser.add_argument("--seed", type=int, default=SEED, help="the world's seed")
     arguments = parser.parse_args()
-    try:
+    with suppress(KeyboardInterrupt):
         asyncio.run(_serve_forever(arguments.port, arguments.port_file, arguments.latency_seconds, arguments.seed))
-    except KeyboardInterrupt:
-        pass
 
 
 if __name__ == "__main__":

@@ -138,8 +138,7 @@ def _compare_words(row: Mapping, label: int | None = None) -> tuple[str, int]:
     premise = {word.lower() for word in re.findall(r"\w+", row["premise"])}
     new_words = [word for word in re.findall(r"\w+", row["hypothesis"]) if word.lower() not in premise]
     label = int(len(new_words) <= 1) if label is None else label
-    compared = f"by its words alone, the hypothesis adds {', '.join(new_words[:4])}" if new_words else "by its words alone, the hypothesis adds nothing"
-    return f"Compared {compared}, so it {'must' if label else 'need not'} be true.", label
+    return f"Compared by words alone, the hypothesis adds {', '.join(new_words[:4]) or 'nothing'}, so it {'must' if label else 'need not'} be true.", label
 
 
 def _reflect(pair: Pair | None, row: Mapping, draws: list[float]) -> dict:
@@ -148,7 +147,8 @@ def _reflect(pair: Pair | None, row: Mapping, draws: list[float]) -> dict:
         analysis, label = "No step fails: the reasoning holds, and so does its label.", _read_label(row.get("predicted_label"))
         return {"error_analysis": analysis, "improved_thought_process": row["thought_process"], "predicted_label": label}
     if pair is not None and label != pair.label:
-        return {"error_analysis": "No step fails: the words do not allow the true label.", "improved_thought_process": pair.thought, "predicted_label": pair.label}
+        analysis = "No step fails: the words do not allow the true label."
+        return {"error_analysis": analysis, "improved_thought_process": pair.thought, "predicted_label": pair.label}
     return {"error_analysis": _name_failing_step(pair, row), "improved_thought_process": _think_towards(pair, row, label), "predicted_label": label}
 
 
