@@ -153,9 +153,8 @@ def run(config: InferenceConfig) -> Path:
     record.finish(counts)
     write_atomic(folder / f"{name}.json", json.dumps({**record.manifest, "rows": finished}, ensure_ascii=False, indent=1) + "\n")
     accuracy = f", {counts['correct']} of {counts['labelled']} right ({counts['accuracy']:.3f})" if counts["labelled"] else ""
-    print(
-        f"inference: {name}: {counts['unparsed']} of {counts['rows']} unparsed{accuracy}, {counts['rows_per_second']:.1f} rows/s -> {output.path}", flush=True
-    )
+    unparsed = f"{counts['unparsed']} of {counts['rows']} unparsed"
+    print(f"inference: {name}: {unparsed}{accuracy}, {counts['rows_per_second']:.1f} rows/s -> {output.path}", flush=True)
     return output.path
 
 

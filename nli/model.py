@@ -98,6 +98,5 @@ def check_base(path: str) -> None:
     try:
         AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{path}: no model there ({first_line(error)}). Give a model folder, or a hub name with access to the hub (HF_TOKEN if it is gated)."
-        ) from None
+        cure = "Give a model folder, or a hub name with access to the hub (HF_TOKEN if it is gated)."
+        raise ModelError(f"{path}: no model there ({first_line(error)}). {cure}") from None

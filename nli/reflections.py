@@ -82,10 +82,8 @@ def run(config: GenerateReflectionsConfig) -> Path:
     current = {row_key(answer): answer for answer in wrong}
     reflections = {key: row for key, row in output.read_finished().items() if key in current and is_about(row, current[key])}
     pending = [answer for key, answer in current.items() if key not in reflections]
-    print(
-        f"reflections: {len(answers)} answers, {len(wrong)} wrong, {len(wrong) - len(pending)} reflected already, {len(pending)} to ask {config.model} for",
-        flush=True,
-    )
+    done = len(wrong) - len(pending)
+    print(f"reflections: {len(answers)} answers, {len(wrong)} wrong, {done} reflected already, {len(pending)} to ask {config.model} for", flush=True)
     if pending:
         with connected():
             for batch in spread(pending, ReflectionWriter, (config,), num_workers=config.workers, batch_size=config.max_in_flight, label="reflections"):

@@ -123,14 +123,8 @@ def describe_trial(name: str, plan: FitPlan, result: Mapping | None, reason: str
     outcome = {"eval_loss": None, "steps": None, "seconds": None}
     if result is not None:
         outcome = {"eval_loss": result["eval_loss"], "steps": result["steps"], "seconds": result["train_seconds"]}
-    return {
-        "name": name,
-        **values,
-        "status": "finished" if result else "stopped" if reason is None else "failed",
-        **outcome,
-        "reason": reason,
-        "adapter": str(plan.output),
-    }
+    status = "finished" if result else "stopped" if reason is None else "failed"
+    return {"name": name, **values, "status": status, **outcome, "reason": reason, "adapter": str(plan.output)}
 
 
 def run_trials(plans: Mapping[str, FitPlan], config: SweepConfig, output: Path) -> dict[str, str]:
