@@ -21,20 +21,16 @@ from nli.errors import ConfigError, NLIError
 def connected(gpu: int | None = None) -> Iterator[None]:
     """A Ray connection for the length of the block.
 
-    Already connected (a pipeline, a test, a Tune trial): nothing is done. Else it joins the cluster of RAY_ADDRESS, of a submitted job, or the one that
-    `ray start` runs on this machine; else it starts a local one and stops it at the end. `gpu` picks one GPU of this machine by index; it is refused
-    (ConfigError) where a cluster places the work.
+    Already connected (a pipeline, a test, a Tune trial): nothing is done. Else it joins the cluster that `finds_cluster` speaks of; else it starts a local
+    one and stops it at the end. `gpu` picks one GPU of this machine by index; raises ConfigError where a cluster places the work.
     """
     import ray
 
+    check_gpu_choice(gpu)
     if ray.is_initialized():
-        if gpu is not None:
-            raise ConfigError("--gpu picks a GPU of this machine; in a running Ray session the cluster places the work. Leave it out.")
         yield
         return
-    existing = is_submitted_job() or "RAY_ADDRESS" in os.environ or _read_local_address() is not None
-    if gpu is not None and existing:
-        raise ConfigError("--gpu picks a GPU of this machine and does not work on a cluster, which places the work itself. Leave it out, or unset RAY_ADDRESS.")
+    existing = finds_cluster()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
@@ -47,10 +43,22 @@ def connected(gpu: int | None = None) -> Iterator[None]:
         ray.shutdown()
 
 
-def _read_local_address() -> str | None:
+def check_gpu_choice(gpu: int | None) -> None:
+    """Raise ConfigError if a GPU is picked by index where a cluster places the work; stages ask before they start anything."""
+    if gpu is not None and finds_cluster():
+        raise ConfigError(
+            "--gpu picks a GPU of this machine and does not work on a cluster, which places the work itself. Leave it out, or unset RAY_ADDRESS and stop Ray."
+        )
+
+
+def finds_cluster() -> bool:
+    """Whether `connected` would join a cluster: one this process is in, RAY_ADDRESS, a submitted job's, or one that `ray start` runs on this machine."""
+    if is_submitted_job() or "RAY_ADDRESS" in os.environ:
+        return True
+    import ray
     from ray._private.services import find_bootstrap_address
 
-    return find_bootstrap_address(None)
+    return ray.is_initialized() or find_bootstrap_address(None) is not None
 
 
 def spread(

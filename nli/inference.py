@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from nli.checkpoints import describe_model, fingerprint_model
-from nli.cluster import connected, spread
+from nli.cluster import check_gpu_choice, connected, spread
 from nli.config import Count, CountOrZero, config_class
 from nli.engines import Generation, TransformersEngine
 from nli.errors import DataError
@@ -115,6 +115,7 @@ def run(config: InferenceConfig) -> Path:
 
     Raises DataError, ModelError, StorageError or ResumeError before a GPU is taken.
     """
+    check_gpu_choice(config.gpu)
     source = resolve_input(config.data, config.storage_root)
     rows = read_examples(source, config.max_rows)
     model = str(local) if (local := _existing(config.model, config.storage_root)) else config.model

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from nli.checkpoints import find_newest_complete, fingerprint_model, mark_complete, write_card
-from nli.cluster import connected, own_error, quiet_ray_data
+from nli.cluster import check_gpu_choice, connected, own_error, quiet_ray_data
 from nli.config import Count, CountOrZero, Fraction, NonNegative, Positive, as_dict, config_class
 from nli.errors import ConfigError, DataError, ResumeError
 from nli.examples import shared_premises
@@ -147,6 +147,7 @@ def run(config: TrainConfig) -> Path:
 
     Raises ConfigError, DataError, ModelError or StorageError before any GPU is used, and ResumeError if the folder holds another run.
     """
+    check_gpu_choice(config.gpu)
     plan = plan_fit(config)
     if (finished := read_finished(plan)) is not None:
         print(f"sft: {plan.output} is finished already (eval loss {finished['eval_loss']:.4f})", flush=True)

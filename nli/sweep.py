@@ -17,7 +17,7 @@ from dataclasses import field, replace
 from pathlib import Path
 from typing import Literal
 
-from nli.cluster import connected, own_error
+from nli.cluster import check_gpu_choice, connected, own_error
 from nli.config import Count, CountOrZero, Positive, config_class, field_names, nearest
 from nli.errors import ConfigError, NLIError
 from nli.records import Ablation
@@ -95,6 +95,7 @@ def run(config: SweepConfig) -> Path:
 
     Raises ConfigError, DataError, ModelError or StorageError before the first trial. A trial that fails is listed with its reason; the others go on.
     """
+    check_gpu_choice(config.train.gpu)
     output = resolve_output(config.output_dir, config.storage_root)
     plans = {name: plan_fit(train) for name, train in list_trials(config).items()}
     identity = {"trials": {name: plan.identity for name, plan in plans.items()}, "scheduler": config.scheduler}

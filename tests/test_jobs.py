@@ -1,15 +1,16 @@
 """The pipeline as a cluster's users run it: `ray start`, `ray job submit`, an absolute storage root."""
 
+import contextlib
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import REPOSITORY
@@ -36,7 +37,7 @@ class Head:
         gcs, dashboard, client, agent, agent_grpc = free_ports(5)
         self.address = f"http://127.0.0.1:{dashboard}"
         self.environment = os.environ | {"RAY_AUTH_MODE": "disabled", "MISTRAL_API_KEY": "test-key-of-no-account"}
-        self.log = open(folder / "head.log", "wb")
+        self.log = (folder / "head.log").open("wb")
         command = [
             *(BIN / "ray", "start", "--head", "--block", "--num-cpus=4", "--disable-usage-stats", "--node-ip-address=127.0.0.1", f"--port={gcs}"),
             *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", f"--temp-dir={folder / 'ray'}"),
@@ -61,15 +62,14 @@ class Head:
                 time.sleep(0.5)
 
     def stop(self) -> None:
-        os.killpg(self.process.pid, signal.SIGTERM)
-        try:
-            self.process.wait(30)
-        finally:
-            try:
-                os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            self.log.close()
+        """End every process that the head started, and only those."""
+        processes = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(processes, timeout=20)
+        self.process.wait(20)
+        self.log.close()
 
 
 @pytest.fixture

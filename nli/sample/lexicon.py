@@ -114,12 +114,12 @@ _PLURALS |= {"potato": "potatoes", "peach": "peaches", "craftsman": "craftsmen",
 
 
 def plural(noun: str) -> str:
-    """"cherry" -> "cherries"."""
+    """The plural, "cherries" for "cherry"."""
     return _PLURALS.get(noun, noun + "s")
 
 
 def a(noun: str) -> str:
-    """"owl" -> "an owl"."""
+    """The noun with its article, "an owl" for "owl"."""
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
