@@ -9,4 +9,5 @@ config = InferenceConfig(
     compute_dtype="bf16",
     batch_size=32,
     max_new_tokens=512,
+    use_gpu=True,
 )

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 from nli.config import is_submitted_job
 from nli.errors import ConfigError, NLIError
+from nli.runs import list_gpus
 
 
 @contextmanager
@@ -43,11 +44,21 @@ def connected(gpu: int | None = None) -> Iterator[None]:
         ray.shutdown()
 
 
-def check_gpu_choice(gpu: int | None) -> None:
-    """Raise ConfigError if a GPU is picked by index where a cluster places the work; stages ask before they start anything."""
-    if gpu is not None and finds_cluster():
+def check_gpu_choice(gpu: int | None, use_gpu: bool | None = None) -> None:
+    """Raise ConfigError if a GPU is picked by index where a cluster places the work, or asked for on a machine that has none.
+
+    Stages ask before they start anything.
+    """
+    if gpu is None and not use_gpu:
+        return
+    if finds_cluster():
+        if gpu is not None:
+            raise ConfigError(
+                "--gpu picks a GPU of this machine and does not work on a cluster, which places the work itself. Leave it out, or leave the cluster."
+            )
+    elif not list_gpus():
         raise ConfigError(
-            "--gpu picks a GPU of this machine and does not work on a cluster, which places the work itself. Leave it out, or unset RAY_ADDRESS and stop Ray."
+            "A GPU is asked for and this machine has none that nvidia-smi can see. Join a cluster (RAY_ADDRESS), or use the CPU: --use-gpu False."
         )
 
 

@@ -115,7 +115,7 @@ def run(config: InferenceConfig) -> Path:
 
     Raises DataError, ModelError, StorageError or ResumeError before a GPU is taken.
     """
-    check_gpu_choice(config.gpu)
+    check_gpu_choice(config.gpu, config.use_gpu)
     source = resolve_input(config.data, config.storage_root)
     rows = read_examples(source, config.max_rows)
     model = str(local) if (local := _existing(config.model, config.storage_root)) else config.model

@@ -135,9 +135,14 @@ def read_hardware() -> dict:
     if cpuinfo.exists():
         models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         processor = models[0] if models else processor
-    gpus: list[str] = []
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
-        gpus = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False).stdout.strip().splitlines()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return {"processor": processor, "cpus": len(os.sched_getaffinity(0)), "memory_gb": round(memory, 1), "gpus": gpus}
+    return {"processor": processor, "cpus": len(os.sched_getaffinity(0)), "memory_gb": round(memory, 1), "gpus": list_gpus()}
+
+
+def list_gpus() -> list[str]:
+    """Name and memory of each NVIDIA GPU of this machine, by its driver's own tool; empty without driver or GPU."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    return found.stdout.strip().splitlines() if found.returncode == 0 else []

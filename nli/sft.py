@@ -147,7 +147,7 @@ def run(config: TrainConfig) -> Path:
 
     Raises ConfigError, DataError, ModelError or StorageError before any GPU is used, and ResumeError if the folder holds another run.
     """
-    check_gpu_choice(config.gpu)
+    check_gpu_choice(config.gpu, config.use_gpu)
     plan = plan_fit(config)
     if (finished := read_finished(plan)) is not None:
         print(f"sft: {plan.output} is finished already (eval loss {finished['eval_loss']:.4f})", flush=True)

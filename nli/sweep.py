@@ -95,7 +95,7 @@ def run(config: SweepConfig) -> Path:
 
     Raises ConfigError, DataError, ModelError or StorageError before the first trial. A trial that fails is listed with its reason; the others go on.
     """
-    check_gpu_choice(config.train.gpu)
+    check_gpu_choice(config.train.gpu, config.train.use_gpu)
     output = resolve_output(config.output_dir, config.storage_root)
     plans = {name: plan_fit(train) for name, train in list_trials(config).items()}
     identity = {"trials": {name: plan.identity for name, plan in plans.items()}, "scheduler": config.scheduler}

@@ -17,6 +17,7 @@ def run_job(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     """Run a job as `python -m` does. Ray cannot start in it: whatever would start Ray fails in another way than the test expects."""
     command = [sys.executable, "-m", f"ray_jobs.{arguments[0]}", *arguments[1:]]
     variables = os.environ | {"RAY_ADDRESS": "127.0.0.1:1", "COLUMNS": "200"} | environment
+    variables = {name: value for name, value in variables.items() if value}
     return subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -110,6 +111,11 @@ def test_bad_input_ends_in_one_clear_message_and_starts_nothing(files, arguments
         assert message in shown
     made = [path for path in Path(files["out"]).rglob("*") if path.is_file() and not path.name.endswith(".manifest.json")]
     assert made == []
+
+
+def test_a_gpu_is_missed_before_a_model_is_loaded():
+    message = refuse(run_job("train_sft", "--config", "configs/train/ablation2.py", RAY_ADDRESS="", PATH=str(Path(sys.executable).parent)))
+    assert "this machine has none that nvidia-smi can see" in message and "--use-gpu False" in message
 
 
 def test_no_key_is_said_before_anything_is_asked(files, tmp_path):

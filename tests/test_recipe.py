@@ -34,7 +34,7 @@ def test_default_is_the_recipe():
 
 
 def test_the_dataclass_alone_is_the_recipe_too():
-    places = {"train_file", "dev_file", "output_dir", "eval_steps"}
+    places = {"train_file", "dev_file", "output_dir", "eval_steps", "use_gpu"}
     config, bare = asdict(load("default")), asdict(TrainConfig())
     assert {name: value for name, value in bare.items() if name not in places} == {name: value for name, value in config.items() if name not in places}
 
@@ -58,7 +58,8 @@ def test_the_demo_keeps_the_recipe_but_for_what_a_cpu_and_a_tiny_model_need():
 
     demo = load_config(REPOSITORY / "configs/demo/pipeline.py", PipelineConfig).train
     changed = {field for field, value in asdict(load("default")).items() if asdict(demo)[field] != value}
-    needs = {"base_model", "compute_dtype", "learning_rate", "epochs", "eval_steps", "per_device_batch_size", "max_length", "activation_checkpointing", "wandb"}
+    needs = {"base_model", "compute_dtype", "learning_rate", "epochs", "eval_steps", "per_device_batch_size", "max_length", "wandb"}
+    needs |= {"activation_checkpointing", "use_gpu"}
     assert changed <= needs
 
 

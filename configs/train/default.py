@@ -23,4 +23,5 @@ config = TrainConfig(
     global_batch_size=64,  # 16 per device x 4 accumulated on one GPU, 16 x 2 on two
     per_device_batch_size=16,
     max_length=512,
+    use_gpu=True,
 )
