@@ -1,0 +1,54 @@
+"""The README's commands: each block says which test runs it or what it needs, and every flag in it exists."""
+
+import re
+import shlex
+
+import pytest
+
+from nli.config import parse_config
+from tests.conftest import REPOSITORY
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"(?:<!-- (run by|needs): (.+?) -->\n)?```bash\n(.*?)```", README, flags=re.S)
+COMMANDS = sorted({line.split("#")[0].strip() for *_, block in BLOCKS for line in block.splitlines() if line.strip()})
+JOBS = sorted({re.search(r"python -m ray_jobs\..*", command)[0] for command in COMMANDS if "-m ray_jobs." in command})
+
+
+def test_every_block_of_commands_says_who_runs_it_or_what_it_needs():
+    assert len(BLOCKS) >= 6
+    for kind, what, block in BLOCKS:
+        assert kind, f"no marker before:\n{block}"
+        if kind == "run by" and what.startswith("tests/"):
+            assert (REPOSITORY / what).is_file()
+
+
+@pytest.mark.parametrize("command", JOBS)
+def test_a_job_in_the_readme_parses_as_written(command, repository):
+    from importlib import import_module
+
+    words = shlex.split(command)
+    if "--help" in words:
+        return
+    stage = {
+        "generate_thoughts": "thoughts.GenerateThoughtsConfig",
+        "generate_reflections": "reflections.GenerateReflectionsConfig",
+        "prepare_sft_data": "sft_data.PrepareSFTDataConfig",
+        "train_sft": "sft.TrainConfig",
+        "sweep_lora": "sweep.SweepConfig",
+        "run_inference": "inference.InferenceConfig",
+        "evaluate_predictions": "evaluation.EvaluatePredictionsConfig",
+        "pipeline": "pipeline.PipelineConfig",
+    }[words[2].removeprefix("ray_jobs.")]
+    module, name = stage.split(".")
+    cls = getattr(import_module(f"nli.{module}"), name)
+    assert isinstance(parse_config(cls, words[3:], prog="test"), cls)
+
+
+def test_every_file_that_the_readme_names_is_there():
+    for path in re.findall(r"`((?:configs|data/sample|kuberay|docs|tests)[\w/.-]*\.(?:py|yaml|md))`", README):
+        assert (REPOSITORY / path).is_file(), path
+
+
+def test_every_job_stands_in_the_readmes_table():
+    for path in (REPOSITORY / "ray_jobs").glob("*.py"):
+        assert path.stem == "__init__" or f"| `{path.stem}` |" in README
