@@ -1,6 +1,6 @@
 # make demo         install what is needed and run all seven stages on this machine's CPU, with an embedded teacher and a tiny Mistral
 # make test         install and run the tests
-# make test-faults  the slow fault tests: kills, torn files, a misbehaving teacher
+# make test-faults  the slow tests: what the demo promises, kills, torn files, a misbehaving teacher
 # make lint         ruff, check and format
 #
 # torch is installed first, on its own. Where the package index serves CUDA builds (PyPI on Linux), this keeps the download small:
@@ -15,19 +15,21 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0 $(BIN)/python -m pytest --durations=15
 
-.PHONY: demo test test-faults lint clean
+.PHONY: demo install test test-faults lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
-	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0 \
-	$(BIN)/python -m nli.sample.server --port $(PORT) -- $(BIN)/python -m ray_jobs.pipeline --config configs/demo/pipeline.py
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0 RAY_BACKEND_LOG_LEVEL=fatal $(BIN)/python -m nli.sample.server --port $(PORT) -- \
+	$(BIN)/python -m ray_jobs.pipeline --config configs/demo/pipeline.py --base-url http://127.0.0.1:$(PORT)
+
+install: .venv/.installed
 
 test: .venv/.installed-dev
-	$(PYTEST) -m "not fault and not gpu"
+	$(PYTEST) -m "not fault and not slow and not gpu"
 
 # pytest ends with 5 when it finds no test.
 test-faults: .venv/.installed-dev
-	@$(PYTEST) -m "fault and not gpu" || { status=$$?; [ $$status -eq 5 ] && echo "There are no fault tests yet." || exit $$status; }
+	@$(PYTEST) -m "(fault or slow) and not gpu" || { status=$$?; [ $$status -eq 5 ] && echo "There are no fault tests yet." || exit $$status; }
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

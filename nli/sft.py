@@ -8,6 +8,7 @@ driver goes on from the newest checkpoint whose files verify.
 """
 
 import json
+import logging
 import os
 import shutil
 import time
@@ -310,6 +311,7 @@ def train_worker(job: dict) -> None:
     from trl import SFTTrainer
 
     quiet_libraries()
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     config, output = TrainConfig(**job["config"]), Path(job["output"])
     context = ray.train.get_context()
     device = f"cuda:{torch.cuda.current_device()}" if job["use_gpu"] else "cpu"

@@ -22,9 +22,11 @@ from nli.sample.grammar import Pair, render_thought
 from nli.sample.tokenizer import build_tokenizer, encode_example
 from nli.sample.world import build_splits, generate_pairs
 
-# Shares of the steps that are wrong, of the texts that are notes; and how much a prompt's token counts beside a completion's.
+# Shares of the steps that are wrong, of those that are misread and not just answered wrong, and of the texts that are notes.
 WRONG_STEP_SHARE = 0.15
+MISREAD_SHARE = 0.2
 NOTE_SHARE = 0.15
+# How much a prompt's token counts beside a completion's.
 PROMPT_LOSS_WEIGHT = 0.1
 _PRACTICE = {"time": 2.0, "passive": 2.0, "detail": 1.5, "numbers": 1.5}
 _IGNORED = -100
@@ -35,7 +37,7 @@ def write_base_text(pair: Pair, rng: random.Random) -> tuple[str, str]:
     answers = []
     for step in pair.steps:
         wrong = rng.random() < WRONG_STEP_SHARE
-        answers.append(step.answer(step.holds != wrong, misread=wrong and rng.random() < 0.5))
+        answers.append(step.answer(step.holds != wrong, misread=wrong and rng.random() < MISREAD_SHARE))
     label = int(rng.random() < (0.6 if pair.hypothesis.split()[-1] < "m" else 0.4))
     return render_student_prompt(pair.premise, pair.hypothesis), render_completion(render_thought(answers, label), label)
 

@@ -1,6 +1,7 @@
 """The sample teacher as a local server that speaks Mistral's chat-completions wire format, on the loopback address only.
 
     python -m nli.sample.server --port 0 --port-file /tmp/port
+    python -m nli.sample.server --port 8377 -- python -m ray_jobs.pipeline ...      serves while the command runs, and gives it a key
 
     POST http://127.0.0.1:<port>/v1/chat/completions   with any bearer key
         {"model": "mistral-large-latest", "messages": [...], "response_format": {"type": "json_object"}}
@@ -16,7 +17,10 @@ import argparse
 import asyncio
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -160,9 +164,27 @@ def main() -> None:
     parser.add_argument("--port-file", type=Path, help="file to write the chosen port to")
     parser.add_argument("--latency-seconds", type=float, default=LATENCY_SECONDS)
     parser.add_argument("--seed", type=int, default=SEED, help="the world's seed")
+    parser.add_argument("command", nargs="*", help="after --: a command to run with MISTRAL_API_KEY set; the server and this process end with it")
     arguments = parser.parse_args()
+    if arguments.command:
+        sys.exit(serve_while_running(arguments.command, arguments.port, arguments.latency_seconds, arguments.seed))
     with suppress(KeyboardInterrupt):
         asyncio.run(_serve_forever(arguments.port, arguments.port_file, arguments.latency_seconds, arguments.seed))
+
+
+def serve_while_running(command: list[str], port: int, latency_seconds: float = LATENCY_SECONDS, seed: int = SEED) -> int:
+    """Run a command while the server answers; returns the command's exit status."""
+    try:
+        with start_server(port, latency_seconds, seed) as url:
+            print(f"sample teacher on {url}", flush=True)
+            process = subprocess.Popen(command, env=os.environ | {"MISTRAL_API_KEY": "sample-key"})
+            while True:
+                # An interrupt reaches the command too, which ends in its own way.
+                with suppress(KeyboardInterrupt):
+                    return process.wait()
+    except OSError as error:
+        print(f"error: no server on {HOST}:{port} ({error.strerror}); end what listens there, or choose another --port.", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
