@@ -8,6 +8,7 @@ A call is made once; retrying is the caller's. A failure is one of two: CallFail
 call of this run can succeed.
 """
 
+import asyncio
 import json
 import math
 import os
@@ -76,6 +77,7 @@ class ChatClient:
         self._headers = {"Authorization": f"Bearer {api_key}", "Content-Type": "application/json"}
         self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
         self._session: aiohttp.ClientSession | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def __aenter__(self) -> "ChatClient":
         return self
@@ -90,13 +92,19 @@ class ChatClient:
             self._session = None
 
     def __del__(self) -> None:
-        # An actor that Ray ends has no loop left to await in; closing the connector alone closes the session.
-        if self._session is not None and not self._session.closed:
-            self._session.connector.close()
+        # An actor that Ray ends is given no moment to await in.
+        session, loop = self._session, self._loop
+        if session is None or session.closed or loop.is_closed():
+            return
+        if loop.is_running():
+            loop.call_soon_threadsafe(lambda: loop.create_task(session.close()))
+        else:
+            loop.run_until_complete(session.close())
 
     async def complete(self, body: Mapping) -> Reply:
         """Send one request. Raises CallFailed, or TeacherError for a refused key (401, 403) or an unknown address or model (404)."""
         if self._session is None:
+            self._loop = asyncio.get_running_loop()
             connector = aiohttp.TCPConnector(limit=0)
             self._session = aiohttp.ClientSession(headers=self._headers, timeout=self._timeout, connector=connector)
         try:

@@ -10,9 +10,10 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from nli import errors
 from nli.config import is_submitted_job
 from nli.errors import ConfigError, NLIError
 from nli.runs import list_gpus
@@ -100,15 +101,12 @@ def spread(
         num_cpus=num_cpus,
         num_gpus=num_gpus or None,
     )
-    try:
-        interval = 0.5 if sys.stderr.isatty() else 15  # seconds between progress lines; a log file keeps every one
-        with tqdm(total=len(rows), desc=label, unit="row", mininterval=interval, maxinterval=interval, dynamic_ncols=True) as progress:
-            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-                results = [json.loads(text) for text in batch.column("row").to_pylist()]
-                progress.update(len(results))
-                yield results
-    except ray.exceptions.RayError as error:
-        raise own_error(error) or error from None
+    interval = 0.5 if sys.stderr.isatty() else 15  # seconds between progress lines; a log file keeps every one
+    with tqdm(total=len(rows), desc=label, unit="row", mininterval=interval, maxinterval=interval, dynamic_ncols=True) as progress:
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            results = _read_results(batch.column("row").to_pylist())
+            progress.update(len(results))
+            yield results
 
 
 def quiet_ray_data() -> None:
@@ -122,24 +120,63 @@ def quiet_ray_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.raise_original_map_exception = True
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal").setLevel(logging.ERROR)
 
 
 class _Call:
-    """Carries rows through Ray Data as JSON text: ids, nulls and every character stay as they are, whatever a column's first block looks like to Arrow."""
+    """Carries rows through Ray Data as JSON text: ids, nulls and every character stay as they are, whatever a column's first block looks like to Arrow.
+
+    An error of ours travels as a value: raised in an actor, it would reach the user inside pages of Ray's stack traces.
+    """
 
     def __init__(self, actor: type, arguments: tuple) -> None:
-        self.call = actor(*arguments)
+        self.failure: NLIError | None = None
+        try:
+            self.call = actor(*arguments)
+        except NLIError as error:
+            self.failure = error
 
     def __call__(self, batch: Mapping) -> dict:
-        return {"row": [json.dumps(row) for row in self.call([json.loads(text) for text in batch["row"]])]}
+        try:
+            return self._pack(self._ready()(_unpack(batch)))
+        except NLIError as error:
+            return _pack_error(error)
+
+    def _ready(self) -> Callable:
+        if self.failure is not None:
+            raise self.failure
+        return self.call
+
+    @staticmethod
+    def _pack(rows: Sequence[Mapping]) -> dict:
+        return {"row": [json.dumps({"row": row}) for row in rows]}
 
 
 class _CallAsync(_Call):
     async def __call__(self, batch: Mapping) -> dict:
-        return {"row": [json.dumps(row) for row in await self.call([json.loads(text) for text in batch["row"]])]}
+        try:
+            return self._pack(await self._ready()(_unpack(batch)))
+        except NLIError as error:
+            return _pack_error(error)
+
+
+def _unpack(batch: Mapping) -> list[dict]:
+    return [json.loads(text) for text in batch["row"]]
+
+
+def _pack_error(error: NLIError) -> dict:
+    return {"row": [json.dumps({"error": [type(error).__name__, str(error)]})]}
+
+
+def _read_results(texts: Sequence[str]) -> list[dict]:
+    """The rows of a block; raises the error that stands in place of one."""
+    results = [json.loads(text) for text in texts]
+    for result in results:
+        if "error" in result:
+            name, message = result["error"]
+            raise getattr(errors, name)(message)
+    return [result["row"] for result in results]
 
 
 def own_error(error: BaseException) -> NLIError | None:

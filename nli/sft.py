@@ -305,13 +305,13 @@ def tokenise_batch(table, tokenizer_path: str):
 
 def train_worker(job: dict) -> None:
     """What one Ray Train worker does: load the base, put adapters on it, train from the newest good checkpoint, save the best adapter."""
+    quiet_libraries()
+    logging.getLogger("ray.train.v2._internal.execution.context").setLevel(logging.WARNING)  # a line for each report, which the reporter prints too
     import ray.train
     import torch
     from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
     from trl import SFTTrainer
 
-    quiet_libraries()
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
     config, output = TrainConfig(**job["config"]), Path(job["output"])
     context = ray.train.get_context()
     device = f"cuda:{torch.cuda.current_device()}" if job["use_gpu"] else "cpu"

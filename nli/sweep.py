@@ -151,7 +151,7 @@ def run_trials(plans: Mapping[str, FitPlan], config: SweepConfig, output: Path) 
         tune_config=tune.TuneConfig(
             metric="eval_loss", mode="min", max_concurrent_trials=concurrent, scheduler=asha if config.scheduler == "asha" else None, reuse_actors=False
         ),
-        run_config=tune.RunConfig(name="ray_tune", storage_path=str(output), verbose=1),
+        run_config=tune.RunConfig(name="ray_tune", storage_path=str(output), verbose=0),
     )
     grid = tuner.fit()
     reasons = {}

@@ -272,9 +272,10 @@ def test_the_image_copies_only_what_the_context_holds():
 def test_make_has_the_targets_that_people_and_ci_call():
     shown = subprocess.run(["make", "-n", "demo", "test", "test-faults", "lint"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for part in (
-        "-m nli.sample.server --port 8377 -- .venv/bin/python -m ray_jobs.pipeline --config configs/demo/pipeline.py",
-        'pytest --durations=15 -m "not fault and not gpu"',
-        'pytest --durations=15 -m "fault and not gpu"',
+        "-m nli.sample.server --port 8377 -- ",
+        "-m ray_jobs.pipeline --config configs/demo/pipeline.py --base-url http://127.0.0.1:8377",
+        'pytest --durations=15 -m "not fault and not slow and not gpu"',
+        'pytest --durations=15 -m "(fault or slow) and not gpu"',
         "ruff check",
     ):
         assert part in shown

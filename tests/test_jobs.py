@@ -107,7 +107,7 @@ def test_a_submitted_pipeline_gives_the_table_of_a_local_one_below_an_absolute_s
     seconds = time.monotonic() - started
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     submitted = read_table(done.stdout)
-    assert [row[0] for row in submitted] == ["teacher", "base", "correct_only", "reflected", "unmodified"]
+    assert [row[0] for row in submitted] == ["teacher", "base", "reflected"]
     evaluation = json.loads((tmp_path / "cluster/small/results/evaluation/evaluation.json").read_text())
     assert [(run["run"], run["n"]) for run in evaluation["runs"]] == [(row[0], int(row[1])) for row in submitted]
     assert [f"{run['accuracy']:.3f}" for run in evaluation["runs"]] == [row[3] for row in submitted]

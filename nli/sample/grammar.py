@@ -11,7 +11,7 @@ A step is a question about the pair. Its answer is computed from the words, neve
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nli.sample.lexicon import Lexicon, a, plural
 
@@ -219,19 +219,17 @@ class Grammar:
         doer, other = self._two_people()
         verb, place = self._choose(self.words.to_people), self._in_place(0.5)
         first_passive, second_passive = self._choose(((False, False), (False, True), (False, True), (True, False), (True, True)))
-        roles = (doer, other) if up else self._choose(((other, doer), (other, doer), (doer, self._two_people()[1])))
+        roles = (doer, other) if up else self._choose(((other, doer), (other, doer), (self._two_people()[0], other)))
 
         def say(subject: str, target: str, passive: bool) -> str:
             return f"{self._the(target)} was {verb} by {self._the(subject)}" if passive else f"{self._the(subject)} {verb} {self._the(target)}"
 
         if roles[0] == roles[1] or (first_passive == second_passive and up and not place):
             return "", "", []
-        if (roles[1] in self.words.names) != (doer in self.words.names):
-            return "", "", []
         changed = first_passive != second_passive
-        ask = f"Premise: {doer} {verb} {other}. Hypothesis: {roles[0]} {verb} {roles[1]}. Is it the same?"
-        misread = f"Premise: {doer} {verb} {other}. Hypothesis: {roles[1]} {verb} {roles[0]}. Is it the same?"
-        step = Step(ask, roles == (doer, other), "voice" if changed else "roles", misread if changed else None)
+        ask = f"Premise: {doer} {verb}. Hypothesis: {roles[0]} {verb}. Is it the same?"
+        misread = f"Premise: {doer} {verb}. Hypothesis: {roles[1]} {verb}. Is it the same?"
+        step = Step(ask, roles[0] == doer, "voice" if changed else "roles", misread if changed else None)
         return say(doer, other, first_passive) + place, say(*roles, second_passive), [step]
 
     def _make_time(self, up: bool):
@@ -242,8 +240,7 @@ class Grammar:
             self.rng.shuffle(clauses)
             order, word = ((first, second) if up else (second, first)), self._choose(("before", "after"))
             subject, mark = order if word == "before" else order[::-1]
-            ask = f"Premise: {first} then {second}. Hypothesis: {order[0]} then {order[1]}. Is it the same?"
-            misread = f"Premise: {first} then {second}. Hypothesis: {order[1]} then {order[0]}. Is it the same?"
+            ask, misread = (f"Premise: {first} first. Hypothesis: {earlier} first. Is it the same?" for earlier in order)
             return " and ".join(clauses), f"{subject} {verb} {word} {mark}", [Step(ask, up, f"day_{word}", misread)]
         first, second = self.rng.sample(self.words.acts, 2)
         name, place = self._choose(self.words.names), self._in_place(0.6)
@@ -255,8 +252,7 @@ class Grammar:
 
         forms = self.rng.sample(("before", "after", "then"), 2)
         order = (first, second) if up else (second, first)
-        ask = f"Premise: {first} then {second}. Hypothesis: {order[0]} then {order[1]}. Is it the same?"
-        misread = f"Premise: {first} then {second}. Hypothesis: {order[1]} then {order[0]}. Is it the same?"
+        ask, misread = (f"Premise: {first} first. Hypothesis: {earlier} first. Is it the same?" for earlier in order)
         return say(first, second, forms[0]) + place, say(*order, forms[1]), [Step(ask, up, f"order_{forms[1]}", misread)]
 
     def _make_detail(self, up: bool):
@@ -274,11 +270,10 @@ class Grammar:
             subject = " ".join(filter(None, (adjective, noun)))
             return f"the {subject} {adverb + ' ' if adverb else ''}{verb} the {colour + ' ' if colour else ''}{thing}{f' in the {place}' if place else ''}"
 
-        listed = [", ".join(filter(None, details)) or "nothing" for details in (said, asked)]
-        holds = all(word is None or word == have for word, have in zip(asked, said, strict=True))
-        extra = next((("person_adjective", "adverb", "thing_adjective", "place")[i] for i in range(4) if asked[i] and asked[i] != said[i]), "dropped")
-        kind = extra if extra != "dropped" or any(asked) else "bare"
-        steps = [Step(f"Premise: {listed[0]}. Hypothesis: {listed[1]}. Is it all there?", holds, kind)]
+        kinds = ("person_adjective", "adverb", "thing_adjective", "place")
+        steps = [Step(f"Is {word} there?", word == have, kind) for word, have, kind in zip(asked, said, kinds, strict=True) if word]
+        steps = steps or [Step("Is the rest there?", True, "bare")]
+        steps[0] = replace(steps[0], ask=f"Premise: {', '.join(filter(None, said))}. {steps[0].ask}")
         return (say(said), say(asked), steps) if sum(map(bool, said)) > 1 else ("", "", [])
 
     def _make_overlap(self, up: bool):

@@ -23,7 +23,7 @@ NOISE_SHARE = 0.015
 MALFORMED_SHARE = 0.01
 DISAGREEMENT_SHARE = 0.01
 
-_DENIED = {"verb", "place", "all_some", "forgot", "refused", "because", "bare"}
+_DENIED = {"verb", "place", "all_some", "forgot", "refused", "because"}
 _GRANTED = {"thought", "claimed"}
 _MISREAD = {("order_after", True), ("order_after", False), ("near", False), ("not_any", True)}
 _WORD = re.compile(r"\w+|[^\w\s]")
