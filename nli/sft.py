@@ -306,12 +306,13 @@ def tokenise_batch(table, tokenizer_path: str):
 def train_worker(job: dict) -> None:
     """What one Ray Train worker does: load the base, put adapters on it, train from the newest good checkpoint, save the best adapter."""
     quiet_libraries()
-    logging.getLogger("ray.train.v2._internal.execution.context").setLevel(logging.WARNING)  # a line for each report, which the reporter prints too
     import ray.train
     import torch
+    from ray.train.v2._internal.execution.context import logger as report_logger
     from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
     from trl import SFTTrainer
 
+    report_logger.setLevel(logging.WARNING)  # it prints each report, as our reporter does
     config, output = TrainConfig(**job["config"]), Path(job["output"])
     context = ray.train.get_context()
     device = f"cuda:{torch.cuda.current_device()}" if job["use_gpu"] else "cpu"

@@ -63,7 +63,7 @@ def train_config(files: dict[str, str], folder: Path, **values) -> TrainConfig:
         "dev_file": files["reflected_dev"],
         "output_dir": str(folder),
         "compute_dtype": "fp32",
-        "learning_rate": 1e-3,
+        "learning_rate": 3e-4,
         "global_batch_size": 16,
         "per_device_batch_size": 8,
         "max_steps": 6,
@@ -201,7 +201,9 @@ def test_sft_saves_adapters_only_with_their_provenance_and_verified_checkpoints(
     assert [find_fault(adapter / name) for name in checkpoints] == [None, None]
     log = read_rows(adapter / "log.jsonl")
     losses = [row["loss"] for row in log if "loss" in row]
-    assert len(losses) == 6 and losses[-1] < losses[0]
+    assert len(losses) == 6
+    eval_losses = [row["eval_loss"] for row in log if "eval_loss" in row]
+    assert len(eval_losses) == 2 and eval_losses[1] < eval_losses[0]
     assert all(0 < row["grad_norm"] < 100 for row in log if "grad_norm" in row)
     manifest = json.loads((adapter / "manifest.json").read_text())
     assert manifest["status"] == "finished" and manifest["counts"]["steps"] == 6

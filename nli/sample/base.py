@@ -42,10 +42,9 @@ def write_base_text(pair: Pair, rng: random.Random) -> tuple[str, str]:
     return render_student_prompt(pair.premise, pair.hypothesis), render_completion(render_thought(answers, label), label)
 
 
-def write_note(pair: Pair, rng: random.Random) -> str:
-    """A loose note in the same language, outside any task: its verdict does follow from its answers."""
-    holds = [step.holds and rng.random() < 0.8 for step in pair.steps]
-    return render_thought([step.answer(held) for step, held in zip(pair.steps, holds, strict=True)], int(all(holds)))
+def write_note(pair: Pair) -> str:
+    """A loose note in the same language, outside any task: sound from its first answer to its verdict."""
+    return pair.thought
 
 
 def generate_batches(tokenizer, batch_size: int, seed: int) -> Iterator[list[tuple[list[int], int]]]:
@@ -55,7 +54,7 @@ def generate_batches(tokenizer, batch_size: int, seed: int) -> Iterator[list[tup
         pool = []
         for _ in range(16 * batch_size):
             if rng.random() < NOTE_SHARE:
-                ids = tokenizer.encode(write_note(next(pairs), rng), add_special_tokens=False)
+                ids = tokenizer.encode(write_note(next(pairs)), add_special_tokens=False)
                 pool.append(([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], 1))
                 continue
             prompt, completion = write_base_text(next(pairs), rng)
