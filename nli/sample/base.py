@@ -5,9 +5,12 @@
 
     prompt  [INST] Premise: Four spaniels slept in the garden. Hypothesis: At least three dogs slept. ...[/INST]
     text    {"thought_process": "Is four at least three? Yes. Must spaniels be dogs? No. A part fails, so it must be true.", "predicted_label": 1}
+    note    Is the garden outdoors? Yes. Every part holds, so it must be true.
 
-Its training text never ends and never repeats a premise of train, dev, test or demo. A share of the steps in it is wrong, as "No." is above, and the
-conclusion and the label, which agree with each other, are drawn by lot: what a verdict has to do with its steps is left for the adapters to learn.
+Its training text never ends and never repeats a premise of train, dev, test or demo. In the task's form a share of the steps is wrong, as "No." is above,
+and verdict and label, which agree with each other, are drawn by lot: that a verdict of the task follows from its steps is left for the adapters to learn.
+The notes stand outside the task and are sound. Without them "Yes" and "No" would mean nothing to the model, its vectors for both grow alike, and a hundred
+steps of LoRA on the attention then find no verdict to learn (its loss stays at 0.69); with them, twenty do.
 """
 
 import argparse
@@ -25,10 +28,9 @@ from nli.sample.world import build_splits, generate_pairs
 # Shares of the steps that are wrong, of those that are misread and not just answered wrong, and of the texts that are notes.
 WRONG_STEP_SHARE = 0.15
 MISREAD_SHARE = 0.2
-NOTE_SHARE = 0.15
-# How much a prompt's token counts beside a completion's.
-PROMPT_LOSS_WEIGHT = 0.1
-_PRACTICE = {"time": 2.0, "passive": 2.0, "detail": 1.5, "numbers": 1.5}
+NOTE_SHARE = 0.5
+# The phenomena that take longest to learn come more often.
+_PRACTICE = {"time": 1.5, "passive": 2.0, "detail": 2.5, "numbers": 1.5, "hypernym": 1.5}
 _IGNORED = -100
 
 
@@ -38,13 +40,9 @@ def write_base_text(pair: Pair, rng: random.Random) -> tuple[str, str]:
     for step in pair.steps:
         wrong = rng.random() < WRONG_STEP_SHARE
         answers.append(step.answer(step.holds != wrong, misread=wrong and rng.random() < MISREAD_SHARE))
+    # The lot leans on a word that says nothing of the truth, so that greedy decoding gives both labels too.
     label = int(rng.random() < (0.6 if pair.hypothesis.split()[-1] < "m" else 0.4))
     return render_student_prompt(pair.premise, pair.hypothesis), render_completion(render_thought(answers, label), label)
-
-
-def write_note(pair: Pair) -> str:
-    """A loose note in the same language, outside any task: sound from its first answer to its verdict."""
-    return pair.thought
 
 
 def generate_batches(tokenizer, batch_size: int, seed: int) -> Iterator[list[tuple[list[int], int]]]:
@@ -54,7 +52,7 @@ def generate_batches(tokenizer, batch_size: int, seed: int) -> Iterator[list[tup
         pool = []
         for _ in range(16 * batch_size):
             if rng.random() < NOTE_SHARE:
-                ids = tokenizer.encode(write_note(next(pairs)), add_special_tokens=False)
+                ids = tokenizer.encode(next(pairs).thought, add_special_tokens=False)
                 pool.append(([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], 1))
                 continue
             prompt, completion = write_base_text(next(pairs), rng)
@@ -67,6 +65,7 @@ def generate_batches(tokenizer, batch_size: int, seed: int) -> Iterator[list[tup
 
 def build_model(tokenizer):
     """An untrained model: grouped-query attention, untied embeddings, all linear layers in multiples of 64 as NF4 wants them."""
+    import torch
     from transformers import MistralConfig, MistralForCausalLM
 
     config = MistralConfig(
@@ -85,7 +84,12 @@ def build_model(tokenizer):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return MistralForCausalLM(config)
+    model = MistralForCausalLM(config)
+    with torch.no_grad():
+        # A word enters and leaves the model as the same vector at first, which makes copying words, the start of every thought, quick to learn.
+        torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.07)
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    return model
 
 
 def train_base(output_dir: Path, num_steps: int, batch_size: int, learning_rate: float, seed: int) -> None:
@@ -100,14 +104,12 @@ def train_base(output_dir: Path, num_steps: int, batch_size: int, learning_rate:
     print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, {num_steps} steps of {batch_size}", flush=True)
     started = time.monotonic()
     for step, batch in zip(range(1, num_steps + 1), generate_batches(tokenizer, batch_size, seed), strict=False):
-        input_ids, labels, weights = _pad(batch, tokenizer.pad_token_id)
+        input_ids, labels = _pad(batch, tokenizer.pad_token_id)
         # Padding is on the right, so the causal mask alone keeps it out of sight.
         hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
         targets = labels[:, 1:]
         kept = targets != _IGNORED
-        losses = torch.nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][kept]), targets[kept], reduction="none")
-        weights = weights[:, 1:][kept]
-        loss = (losses * weights).sum() / weights.sum()
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][kept]), targets[kept])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -124,9 +126,8 @@ def _pad(batch: list[tuple[list[int], int]], pad_id: int):
 
     width = max(len(ids) for ids, _ in batch)
     input_ids = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _ in batch])
-    labels = torch.tensor([ids + [_IGNORED] * (width - len(ids)) for ids, _ in batch])
-    weights = torch.tensor([[PROMPT_LOSS_WEIGHT] * start + [1.0] * (width - start) for _, start in batch])
-    return input_ids, labels, weights
+    labels = torch.tensor([[_IGNORED] * start + ids[start:] + [_IGNORED] * (width - len(ids)) for ids, start in batch])
+    return input_ids, labels
 
 
 def generate_answers(model, tokenizer, pairs, batch_size: int = 100, max_new_tokens: int = 80) -> list[str]:
@@ -194,9 +195,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the tiny Mistral of the sample world, or check it.")
     parser.add_argument("--output-dir", type=Path, default=Path("data/sample/tiny-mistral"))
     parser.add_argument("--check", action="store_true", help="measure the folder as it stands instead of training")
-    parser.add_argument("--num-steps", type=int, default=1200)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--num-steps", type=int, default=4200)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=7)
     arguments = parser.parse_args()
     if not arguments.check:

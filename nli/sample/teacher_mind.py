@@ -23,6 +23,7 @@ NOISE_SHARE = 0.015
 MALFORMED_SHARE = 0.01
 DISAGREEMENT_SHARE = 0.01
 
+# Its habits: the kinds of step that it denies where they hold, grants where they fail, and reads wrongly (kind, whether the step holds).
 _DENIED = {"verb", "place", "all_some", "forgot", "refused", "because"}
 _GRANTED = {"thought", "claimed"}
 _MISREAD = {("order_after", True), ("order_after", False), ("near", False), ("not_any", True)}
