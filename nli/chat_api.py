@@ -75,6 +75,7 @@ class ChatClient:
     def __init__(self, base_url: str, api_key: str, timeout_seconds: float) -> None:
         self._url = chat_url(base_url)
         self._headers = {"Authorization": f"Bearer {api_key}", "Content-Type": "application/json"}
+        self._key = api_key.encode()
         self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
         self._session: aiohttp.ClientSession | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -111,7 +112,7 @@ class ChatClient:
             async with self._session.post(self._url, data=json.dumps(body)) as response:
                 data = await response.read()
                 if response.status != 200:
-                    raise _failure(self._url, response.status, response.headers.get("Retry-After"), data)
+                    raise _failure(self._url, response.status, response.headers.get("Retry-After"), data.replace(self._key, b"***"))
         except aiohttp.ClientConnectorError as error:
             raise Unreachable(f"no connection to {self._url} ({error.os_error.strerror or error.os_error})", retryable=True) from None
         except (aiohttp.ClientError, ConnectionError) as error:

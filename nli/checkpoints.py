@@ -9,6 +9,7 @@ each with a `complete.json` that is written last:
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from nli.storage import sha256_file, write_atomic
 
 COMPLETE = "complete.json"
 CARD = "nli.json"
+WEIGHTS = "adapter_model.safetensors"
 _SAMPLED_BYTES = 1 << 16
 
 
@@ -65,6 +67,41 @@ def find_newest_complete(run_folder: Path) -> Path | None:
     return None
 
 
+def find_best(run_folder: Path, checkpoint: Path) -> Path | None:
+    """The checkpoint that had the best eval loss when `checkpoint` was written, where it lies now; None if there was no evaluation before it.
+
+    Raises ModelError if it is missing or does not verify: the best adapter would be lost, and another one pass for it.
+    """
+    step = read_trainer_state(checkpoint).get("best_global_step")
+    if not step:
+        return None
+    best = run_folder / f"checkpoint-{step}"
+    check_best(best)
+    return best
+
+
+def check_best(best: Path) -> None:
+    """Raise ModelError if the checkpoint with the best eval loss is missing or damaged."""
+    fault = find_fault(best) if best.is_dir() else "no such folder"
+    if fault is not None:
+        raise ModelError(f"{best}: {fault}; it had the best eval loss of its run. Put it back, or move the newer checkpoints away to train again from before.")
+
+
+def read_trainer_state(checkpoint: Path) -> dict:
+    """A checkpoint's trainer_state.json. Raises ModelError if it cannot be read."""
+    path = checkpoint / "trainer_state.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: the trainer's state cannot be read ({error}).") from None
+
+
+def has_work(run_folder: Path) -> bool:
+    """Whether a run's folder holds anything that training made: a log, a checkpoint or an adapter."""
+    names = ("log.jsonl", WEIGHTS, "checkpoint-*", "damaged-checkpoint-*")
+    return any(True for name in names for _ in run_folder.glob(name))
+
+
 def _checkpoints(run_folder: Path) -> list[Path]:
     return [path for path in run_folder.glob("checkpoint-*") if path.is_dir() and path.name.removeprefix("checkpoint-").isdigit()]
 
@@ -87,6 +124,16 @@ def fingerprint_model(path: str) -> str:
             tail = file.read(_SAMPLED_BYTES)
         parts += [weights.name, str(size), head.hex(), tail.hex()]
     return f"sampled:{content_hash(parts)}"
+
+
+def fingerprint_tokenizer(path: str) -> str:
+    """A hash of the tokenizer's files in a model folder; a hub name stands for itself."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return f"hub:{path}"
+    patterns = ("tokenizer*", "*.model", "vocab*", "merges.txt", "tekken.json", "special_tokens_map.json", "added_tokens.json")
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+    return content_hash([part for file in files for part in (file.name, sha256_file(file))])
 
 
 def write_card(folder: Path, base_model: str, quantization: str, compute_dtype: str, max_length: int) -> None:
@@ -120,7 +167,8 @@ def is_adapter(path: str) -> bool:
 def describe_model(path: str, base_model: str) -> tuple[str, str | None]:
     """(base, adapter) of what a user named: a base by folder or hub name, or a folder with an adapter, whose base is `base_model` or the one it names.
 
-    Raises ModelError if a local folder holds neither, or if the adapter was trained on another base or prompt than the one that would be used.
+    A base in a local folder comes back as an absolute path. Raises ModelError if a local folder holds neither, if an adapter's weights are missing or its
+    checkpoint damaged, or if the adapter was trained on another base or prompt than the one that would be used.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -133,11 +181,17 @@ def describe_model(path: str, base_model: str) -> tuple[str, str | None]:
         runs = [str(path.parent) for path in folder.glob("*/adapter_config.json")][:3]
         hint = f" Did you mean {' or '.join(runs)}?" if runs else ""
         raise ModelError(f"{path}: neither a model (config.json) nor an adapter (adapter_config.json).{hint}")
+    if not (folder / WEIGHTS).is_file():
+        raise ModelError(f"{path}: the adapter has no {WEIGHTS}; its training or copying was cut short.")
+    if folder in _checkpoints(folder.parent) and (folder / COMPLETE).is_file() and (fault := find_fault(folder)):
+        raise ModelError(f"{path}: {fault}; take another checkpoint.")
     card = read_card(folder)
     named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     base = base_model or named
     if not base:
         raise ModelError(f"{path}: the adapter does not name its base; give --base-model.")
+    if Path(base).is_dir():
+        base = os.path.abspath(base)
     if card is not None:
         trained_on, given = card["base_fingerprint"], fingerprint_model(base)
         comparable = trained_on.startswith("hub:") == given.startswith("hub:")  # a hub name and its local copy cannot be told apart by these

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from nli import errors
 from nli.config import is_submitted_job
-from nli.errors import ConfigError, NLIError
+from nli.errors import ClusterError, ConfigError, NLIError
 from nli.runs import list_gpus
 
 
@@ -38,7 +38,11 @@ def connected(gpu: int | None = None) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options = {} if existing else {"include_dashboard": True, "num_cpus": len(os.sched_getaffinity(0))}
-    ray.init(logging_level=logging.WARNING, log_to_driver=True, **options)
+    try:
+        ray.init(logging_level=logging.WARNING, log_to_driver=True, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        address = os.environ.get("RAY_ADDRESS", "the Ray that runs on this machine")
+        raise ClusterError(f"{address} cannot be joined ({str(error).strip().splitlines()[0]}). Is it up, and RAY_AUTH_MODE set as it needs?") from None
     try:
         yield
     finally:
@@ -104,9 +108,12 @@ def spread(
     interval = 0.5 if sys.stderr.isatty() else 15  # seconds between progress lines; a log file keeps every one
     with tqdm(total=len(rows), desc=label, unit="row", mininterval=interval, maxinterval=interval, dynamic_ncols=True) as progress:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            results = _read_results(batch.column("row").to_pylist())
+            results, error = _read_results(batch.column("row").to_pylist())
             progress.update(len(results))
-            yield results
+            if results:
+                yield results
+            if error is not None:
+                raise error
 
 
 def quiet_ray_data() -> None:
@@ -124,6 +131,14 @@ def quiet_ray_data() -> None:
     logging.getLogger("ray.data._internal").setLevel(logging.ERROR)
 
 
+class StoppedEarly(Exception):
+    """An actor ends the work with `error`, an NLIError; `rows` were finished before and are not lost."""
+
+    def __init__(self, rows: list[dict], error: NLIError) -> None:
+        super().__init__(str(error))
+        self.rows, self.error = rows, error
+
+
 class _Call:
     """Carries rows through Ray Data as JSON text: ids, nulls and every character stay as they are, whatever a column's first block looks like to Arrow.
 
@@ -139,44 +154,41 @@ class _Call:
 
     def __call__(self, batch: Mapping) -> dict:
         try:
-            return self._pack(self._ready()(_unpack(batch)))
+            return _pack(self._ready()(_unpack(batch)))
         except NLIError as error:
-            return _pack_error(error)
+            return _pack([], error)
 
     def _ready(self) -> Callable:
         if self.failure is not None:
             raise self.failure
         return self.call
 
-    @staticmethod
-    def _pack(rows: Sequence[Mapping]) -> dict:
-        return {"row": [json.dumps({"row": row}) for row in rows]}
-
 
 class _CallAsync(_Call):
     async def __call__(self, batch: Mapping) -> dict:
         try:
-            return self._pack(await self._ready()(_unpack(batch)))
+            return _pack(await self._ready()(_unpack(batch)))
+        except StoppedEarly as stop:
+            return _pack(stop.rows, stop.error)
         except NLIError as error:
-            return _pack_error(error)
+            return _pack([], error)
 
 
 def _unpack(batch: Mapping) -> list[dict]:
     return [json.loads(text) for text in batch["row"]]
 
 
-def _pack_error(error: NLIError) -> dict:
-    return {"row": [json.dumps({"error": [type(error).__name__, str(error)]})]}
+def _pack(rows: Sequence[Mapping], error: NLIError | None = None) -> dict:
+    results = [{"row": row} for row in rows] + ([{"error": [type(error).__name__, str(error)]}] if error else [])
+    return {"row": [json.dumps(result) for result in results]}
 
 
-def _read_results(texts: Sequence[str]) -> list[dict]:
-    """The rows of a block; raises the error that stands in place of one."""
+def _read_results(texts: Sequence[str]) -> tuple[list[dict], NLIError | None]:
+    """The rows of a block, and the error that stands among them."""
     results = [json.loads(text) for text in texts]
-    for result in results:
-        if "error" in result:
-            name, message = result["error"]
-            raise getattr(errors, name)(message)
-    return [result["row"] for result in results]
+    failures = [result["error"] for result in results if "error" in result]
+    error = getattr(errors, failures[0][0])(failures[0][1]) if failures else None
+    return [result["row"] for result in results if "row" in result], error
 
 
 def own_error(error: BaseException) -> NLIError | None:

@@ -5,6 +5,7 @@
     ├── DataError           an input file is missing, empty or holds a bad row
     ├── StorageError        a place to write to is missing, relative or full
     ├── ResumeError         finished work exists that was made another way
+    ├── ClusterError        the Ray cluster cannot be joined, or is too small for what is asked
     ├── TeacherError        the teacher's API refuses, or cannot be reached
     └── ModelError          a base, adapter or checkpoint cannot be used as asked
 
@@ -30,6 +31,10 @@ class StorageError(NLIError):
 
 class ResumeError(NLIError):
     """The output holds work of another config or input; the message shows the difference."""
+
+
+class ClusterError(NLIError):
+    """The Ray cluster cannot be joined, or lacks the CPUs or GPUs that a stage asks for."""
 
 
 class TeacherError(NLIError):

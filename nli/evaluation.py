@@ -75,7 +75,8 @@ class EvaluatePredictionsConfig:
             raise ConfigError(
                 f"two runs are called {repeated[0]!r}; tell them apart with --names." if repeated else "a run has no name; give one with --names."
             )
-        if self.baseline and self.baseline not in names:
+        default = EvaluatePredictionsConfig.__dataclass_fields__["predictions"].default
+        if self.baseline and self.baseline not in names and self.predictions != default:
             raise ConfigError(f"baseline {self.baseline!r} is no run; the runs are {', '.join(names)}.{nearest(self.baseline, names)}")
         if self.baseline and len(names) == 1:
             raise ConfigError(f"baseline {self.baseline!r} is the only run; give another file of predictions to compare with it.")
@@ -335,7 +336,14 @@ def run(config: EvaluatePredictionsConfig) -> Path:
     sweep = read_sweep(sweep_path[0]) if sweep_path else None
     stage_paths = [resolve_input(path, config.storage_root) for path in config.stages]
     stages = [describe_stage(path) for path in stage_paths]
-    record = start_run(folder / "manifest.json", "evaluation", {"stage": "evaluation"}, config, [*files.values(), *sweep_path, *stage_paths])
+    record = start_run(
+        folder / "manifest.json",
+        "evaluation",
+        {"stage": "evaluation"},
+        config,
+        [*files.values(), *sweep_path, *stage_paths],
+        (folder / "manifest.json").exists(),
+    )
 
     evaluation = evaluate(runs, config)
     facts = record.manifest

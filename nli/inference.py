@@ -25,7 +25,7 @@ from nli.model import check_base
 from nli.parsing import ParseStatus, parse_answer
 from nli.prompts import STUDENT_PROMPT_NAME, render_student_prompt, student_prompt_sha256
 from nli.records import is_correct, row_key
-from nli.runs import read_manifest, start_run
+from nli.runs import is_in_use, read_manifest, start_run
 from nli.storage import RowFile, resolve_input, resolve_output, sha256_file, write_atomic, write_csv
 
 CSV_COLUMNS = ("id", "premise", "hypothesis", "true_label", "predicted_label", "parse_status")
@@ -180,7 +180,8 @@ def find_interrupted(folder: Path, identity: Mapping, source: Path) -> str | Non
     """The name of an unfinished run of the same model, settings and data in the results folder."""
     for path in sorted(folder.glob("*.manifest.json"), reverse=True):
         manifest = read_manifest(path)
-        if manifest and manifest["status"] == "running" and manifest["identity"] == dict(identity) and str(source) in manifest["inputs"]:
+        same = manifest is not None and manifest["identity"] == dict(identity) and str(source) in manifest["inputs"]
+        if same and manifest["status"] == "running" and not is_in_use(path):
             return path.name.removesuffix(".manifest.json")
     return None
 

@@ -4,8 +4,10 @@ model = load_base("mistralai/Mistral-7B-v0.3", quantization="nf4", compute_dtype
 model = add_lora(model, rank=32, alpha=64, dropout=0.05, target_modules=("q_proj", "k_proj", "v_proj", "o_proj"))
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from nli.checkpoints import WEIGHTS
 from nli.errors import ModelError
 from nli.tokenization import first_line
 
@@ -50,6 +52,7 @@ def quiet_libraries() -> None:
 
 def load_base(path: str, quantization: Quantization, compute_dtype: ComputeDtype, device: str) -> "PreTrainedModel":
     """A causal LM on `device` ("cpu", "cuda:0", …), its linear layers in NF4 with double quantisation or unquantised. Raises ModelError."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quiet_libraries()
@@ -64,10 +67,21 @@ def load_base(path: str, quantization: Quantization, compute_dtype: ComputeDtype
             attn_implementation=attention,
             quantization_config=quantized if quantization == "nf4" else None,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{path}: the model cannot be loaded ({first_line(error)}).") from None
     print(f"model: {path}, {quantization}, {compute_dtype}, attention {attention}, on {device}", flush=True)
     return model
+
+
+def keep_weights_in_evaluations(model: "PreTrainedModel") -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on a CPU whenever the model is evaluated between training steps.
+
+    Its packed form rounds the scales to bf16, and unpacking them quantises them anew: every evaluation would change the base a little, and a resumed run,
+    whose base is fresh, would differ from an undisturbed one.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def add_lora(model: "PreTrainedModel", rank: int, alpha: int, dropout: float, target_modules: tuple[str, ...]) -> "PeftModel":
@@ -84,11 +98,26 @@ def add_lora(model: "PreTrainedModel", rank: int, alpha: int, dropout: float, ta
 def load_adapter(model: "PreTrainedModel", folder: str) -> "PeftModel":
     """The base with the adapter of a folder, for inference. Raises ModelError."""
     from peft import PeftModel
+    from safetensors import SafetensorError
 
     try:
         return PeftModel.from_pretrained(model, folder)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: the adapter cannot be put on this base ({first_line(error)}).") from None
+
+
+def load_adapter_weights(model: "PeftModel", folder: str) -> None:
+    """Put the weights that a checkpoint's folder holds into the adapters that the model has already. Raises ModelError."""
+    from peft import set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        outcome = set_peft_model_state_dict(model, load_file(Path(folder) / WEIGHTS))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{folder}: the adapter cannot be put on this base ({first_line(error)}).") from None
+    if outcome.unexpected_keys:
+        raise ModelError(f"{folder}: the adapter has weights that this model has no place for, such as {outcome.unexpected_keys[0]}.")
 
 
 def check_base(path: str) -> None:

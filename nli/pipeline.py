@@ -12,6 +12,8 @@ Out:  <output_dir>/data/original_thoughts/{train,dev,test}.jsonl     1 thoughts
 Each stage takes up what it has finished, so the same command goes on after an interruption and repeats nothing.
 """
 
+import contextlib
+import itertools
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -19,16 +21,18 @@ from dataclasses import field, replace
 from pathlib import Path
 
 from nli import evaluation, inference, reflections, sft, sft_data, sweep, thoughts
-from nli.cluster import connected, own_error
+from nli.cluster import check_gpu_choice, connected, own_error
 from nli.config import Count, config_class
-from nli.errors import ConfigError
+from nli.errors import ConfigError, DataError
 from nli.evaluation import EvaluatePredictionsConfig
+from nli.examples import read_examples, shared_premises
 from nli.inference import InferenceConfig
+from nli.model import check_base
 from nli.records import ABLATIONS, Ablation
 from nli.reflections import GenerateReflectionsConfig
 from nli.sft import TrainConfig
 from nli.sft_data import PrepareSFTDataConfig
-from nli.storage import resolve_output
+from nli.storage import resolve_input, resolve_output
 from nli.sweep import SweepConfig
 from nli.teacher import check_teacher
 from nli.thoughts import GenerateThoughtsConfig
@@ -36,7 +40,10 @@ from nli.thoughts import GenerateThoughtsConfig
 
 @config_class
 class PipelineConfig:
-    """Run all stages. Files of the stages' own configs are replaced by the pipeline's; every other field of theirs counts."""
+    """Run all stages.
+
+    The pipeline sets the stages' files, base_url, base_model, storage_root and gpu (from train); every other field of their own configs counts.
+    """
 
     output_dir: str = "results/sample-pipeline"
     """folder that everything goes below"""
@@ -66,13 +73,19 @@ class PipelineConfig:
     def __post_init__(self) -> None:
         if not self.ablations or len(set(self.ablations)) != len(self.ablations):
             raise ConfigError("ablations needs at least one, each once.")
+        if self.thoughts.max_rows != self.inference.max_rows:
+            raise ConfigError(
+                f"thoughts.max_rows {self.thoughts.max_rows} and inference.max_rows {self.inference.max_rows} differ, "
+                "so that teacher and student would answer different test rows."
+            )
 
 
 def run(config: PipelineConfig) -> Path:
-    """Run what is not finished; returns the evaluation's folder."""
+    """Run what is not finished; returns the path of the report. All inputs of all stages are checked before the first call is paid for."""
     started = time.monotonic()
     root = resolve_output(config.output_dir, config.storage_root)
-    check_teacher(replace(config.thoughts, base_url=config.base_url))
+    config = settle(config)
+    check(config, root)
     with connected(config.train.gpu):
         generate(config, root)
         prepare(config, root)
@@ -85,9 +98,39 @@ def run(config: PipelineConfig) -> Path:
         _heading("6 inference")
         _side_by_side(inference.run, plan_inference(config, root), config.concurrent_runs)
     _heading("7 evaluation")
-    folder = evaluation.run(plan_evaluation(config, root))
+    report = evaluation.run(plan_evaluation(config, root))
     print(f"pipeline: {time.monotonic() - started:.0f} s", flush=True)
-    return folder
+    return report
+
+
+def settle(config: PipelineConfig) -> PipelineConfig:
+    """The config with absolute paths of its inputs. Raises DataError for a file that is not there."""
+    files = {name: str(resolve_input(getattr(config, name), config.storage_root)) for name in ("train_csv", "dev_csv", "test_csv")}
+    base = config.train.base_model
+    with contextlib.suppress(DataError):  # else it is a hub name, which check_base tries
+        base = str(resolve_input(base, config.storage_root))
+    return replace(config, **files, train=replace(config.train, base_model=base))
+
+
+def check(config: PipelineConfig, root: Path) -> None:
+    """Raise what a later stage would raise for its inputs: keys, files, splits, base, GPU, sweep."""
+    for stage in (config.thoughts, config.reflections):
+        check_teacher(replace(stage, base_url=config.base_url))
+    check_gpu_choice(config.train.gpu, config.train.use_gpu)
+    check_base(config.train.base_model)
+    if config.run_sweep:
+        plan_sweep(config, root)
+    splits = {
+        name: read_examples(Path(getattr(config, f"{name}_csv")), config.thoughts.max_rows, need_labels=name != "test") for name in ("train", "dev", "test")
+    }
+    for left, right in itertools.combinations(splits, 2):
+        pairs = {(row["premise"], row["hypothesis"]) for row in splits[left]}
+        shared = [row for row in splits[right] if (row["premise"], row["hypothesis"]) in pairs]
+        if shared:
+            first = f"{shared[0]['premise']!r}, {shared[0]['hypothesis']!r}"
+            raise DataError(f"{len(shared)} pairs stand in both the {left} and the {right} file, the first: {first}. Remove them from one of the two.")
+        if premises := shared_premises(splits[left], splits[right]):
+            print(f"pipeline: warning: {len(premises)} premises stand in both the {left} and the {right} file", flush=True)
 
 
 def generate(config: PipelineConfig, root: Path) -> None:
@@ -123,6 +166,8 @@ def plan_sweep(config: PipelineConfig, root: Path) -> SweepConfig:
     measured_on = "reflected" if "reflected" in config.ablations else config.ablations[0]
     shared = replace(config.sweep.train, dev_file=_sft_files(root, measured_on)["dev_file"], base_model=config.train.base_model, gpu=None)
     ablations = tuple(ablation for ablation in config.sweep.ablation if ablation in config.ablations)
+    if not ablations:
+        raise ConfigError(f"sweep.ablation {config.sweep.ablation} has none of the pipeline's ablations {config.ablations}; name one, or use --no-run-sweep.")
     return replace(config.sweep, train=shared, ablation=ablations, train_files=_sft_files(root, "{ablation}")["train_file"], output_dir=str(root / "sweep"))
 
 
@@ -130,7 +175,8 @@ def plan_inference(config: PipelineConfig, root: Path) -> list[InferenceConfig]:
     """The base and every adapter on the test rows."""
     models = {"base": config.train.base_model} | {ablation: str(root / "models" / ablation) for ablation in config.ablations}
     common = {"data": config.test_csv, "results_dir": str(root / "results"), "gpu": None}
-    return [replace(config.inference, model=model, run_name=name, **common) for name, model in models.items()]
+    bases = {name: "" if name == "base" else config.train.base_model for name in models}
+    return [replace(config.inference, model=model, base_model=bases[name], run_name=name, **common) for name, model in models.items()]
 
 
 def plan_evaluation(config: PipelineConfig, root: Path) -> EvaluatePredictionsConfig:

@@ -10,6 +10,7 @@ Right answers are not sent, nor are unlabelled rows, nor answers that could not 
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from nli.cluster import connected, spread
 from nli.config import config_class
@@ -17,8 +18,8 @@ from nli.parsing import ParseStatus
 from nli.prompts import TEACHER_PROMPTS
 from nli.records import Answer, is_correct, row_key
 from nli.runs import manifest_beside, start_run
-from nli.storage import RowFile, read_jsonl, resolve_input, resolve_output
-from nli.teacher import Outcome, Teacher, TeacherConfig, check_teacher, describe_requests
+from nli.storage import RowFile, index_rows, read_jsonl, resolve_input, resolve_output
+from nli.teacher import Outcome, Teacher, TeacherConfig, check_teacher, describe_requests, refuse_failed, settle_key_file
 
 PROMPT = TEACHER_PROMPTS["reflection"]
 
@@ -33,6 +34,8 @@ class GenerateReflectionsConfig(TeacherConfig):
     """reflections, JSON Lines in input order"""
     model: str = "mistral-large-2512"
     """model name as the server knows it; stronger than the one that answered"""
+    prompt_name: Literal["reflection"] = "reflection"
+    """what the model is asked to do"""
 
 
 def needs_reflection(answer: Mapping) -> bool:
@@ -66,12 +69,12 @@ class ReflectionWriter:
         self.teacher = Teacher(config, PROMPT, check_teacher(config), share=1 / config.workers)
 
     async def __call__(self, answers: list[dict]) -> list[dict]:
-        outcomes = await self.teacher.ask_all(answers)
-        return [to_reflection(answer, outcome, self.config) for answer, outcome in zip(answers, outcomes, strict=True)]
+        return await self.teacher.ask_all(answers, lambda answer, outcome: to_reflection(answer, outcome, self.config))
 
 
 def run(config: GenerateReflectionsConfig) -> Path:
     """Reflect on every wrong answer that has no reflection yet; returns the output's path. Raises as `nli.thoughts.run` does."""
+    config = settle_key_file(config)
     source = resolve_input(config.thoughts, config.storage_root)
     output = RowFile(resolve_output(config.output_jsonl, config.storage_root))
     answers = read_jsonl(source, Answer)[: config.max_rows or None]
@@ -79,7 +82,7 @@ def run(config: GenerateReflectionsConfig) -> Path:
     record = start_run(manifest_beside(output.path), "reflections", describe_requests(config, PROMPT), config, [source], has_work=output.exists())
 
     wrong = [answer for answer in answers if needs_reflection(answer)]
-    current = {row_key(answer): answer for answer in wrong}
+    current = index_rows(wrong, source)
     reflections = {key: row for key, row in output.read_finished().items() if key in current and is_about(row, current[key])}
     pending = [answer for key, answer in current.items() if key not in reflections]
     done = len(wrong) - len(pending)
@@ -93,6 +96,7 @@ def run(config: GenerateReflectionsConfig) -> Path:
     output.finish(finished)
     record.finish(count_reflections(answers, finished))
     print(f"reflections: {record.manifest['counts']} -> {output.path}", flush=True)
+    refuse_failed(finished, "reflection_status", "reflection_problem", output.path)
     return output.path
 
 

@@ -9,6 +9,7 @@
 `identity` holds the values that decide what an output contains; a rerun with another identity is refused, whatever else changed is only noted.
 """
 
+import fcntl
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import TextIO
 
 from nli.config import as_dict
 from nli.errors import ResumeError
@@ -35,12 +37,14 @@ class Run:
     path: Path
     manifest: dict
     was_finished: bool
+    _lock: TextIO
     _clock: float = field(default_factory=time.monotonic)
 
     def finish(self, counts: Mapping) -> None:
-        """Record that the stage is complete, with its counts and the seconds of this attempt."""
+        """Record that the stage is complete, with its counts and the seconds of this attempt, and let others at the output."""
         self.manifest["status"] = "finished"
         self._save(counts)
+        self._lock.close()
 
     def stop(self, counts: Mapping) -> None:
         """Record an attempt that ends before the work does."""
@@ -52,14 +56,18 @@ class Run:
         write_atomic(self.path, json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
 
 
-def start_run(path: Path, stage: str, identity: Mapping, config: object, inputs: Iterable[Path] = (), has_work: bool = True) -> Run:
+def start_run(path: Path, stage: str, identity: Mapping, config: object, inputs: Iterable[Path] = (), has_work: bool | None = None) -> Run:
     """Open the manifest at `path` for a new attempt, after checking it against an earlier one's identity.
 
-    `has_work` is False when the outputs that an existing manifest speaks of are gone, so that there is nothing to mix with.
-    Raises ResumeError that shows each differing value.
+    `has_work` tells whether outputs are there that this attempt could mix with; None: a manifest tells. The output is this process's until the attempt
+    finishes or the process ends.
+    Raises ResumeError that shows each differing value; also for outputs without a manifest, and while another process works on them.
     """
     identity = json.loads(json.dumps(identity))
-    earlier = read_manifest(path) if has_work else None
+    lock = _lock_output(path)
+    earlier = None if has_work is False else read_manifest(path)
+    if has_work and earlier is None:
+        raise ResumeError(f"{path}: missing, and the output that it belongs to is there: nobody knows how it was made. Choose another output, or move it away.")
     if earlier is not None:
         differences = describe_differences(earlier["identity"], identity)
         if differences:
@@ -81,7 +89,34 @@ def start_run(path: Path, stage: str, identity: Mapping, config: object, inputs:
         "counts": (earlier or {}).get("counts", {}),
     }
     write_atomic(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-    return Run(path, manifest, was_finished=earlier is not None and earlier["status"] == "finished")
+    return Run(path, manifest, was_finished=earlier is not None and earlier["status"] == "finished", _lock=lock)
+
+
+def is_in_use(path: Path) -> bool:
+    """Whether a process is at work on the output that the manifest at `path` describes."""
+    try:
+        _lock_output(path).close()
+    except ResumeError:
+        return True
+    return False
+
+
+def _lock_output(path: Path) -> TextIO:
+    """An advisory lock beside the manifest, which ends with the process; as good across nodes as the file system's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path.with_name(f".{path.name}.lock"), "a+", encoding="utf-8")  # noqa: SIM115  (held while the run lasts)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise ResumeError(f"{path.parent}: {holder} is at work on {path.name.removesuffix('.manifest.json')}; wait for it, or choose another output.") from None
+    file.seek(0)
+    file.truncate()
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
 
 
 def read_manifest(path: Path) -> dict | None:

@@ -9,9 +9,11 @@ driver goes on from the newest checkpoint whose files verify.
 
 import json
 import logging
+import math
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +21,27 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from nli.checkpoints import find_newest_complete, fingerprint_model, mark_complete, write_card
+from nli import tokenization
+from nli.checkpoints import (
+    check_best,
+    find_best,
+    find_newest_complete,
+    fingerprint_model,
+    fingerprint_tokenizer,
+    has_work,
+    mark_complete,
+    read_trainer_state,
+    write_card,
+)
 from nli.cluster import check_gpu_choice, connected, own_error, quiet_ray_data
 from nli.config import Count, CountOrZero, Fraction, NonNegative, Positive, as_dict, config_class
-from nli.errors import ConfigError, DataError, ResumeError
+from nli.errors import ConfigError, DataError, ResumeError, StorageError
 from nli.examples import shared_premises
-from nli.model import add_lora, check_base, load_base, quiet_libraries
+from nli.model import add_lora, check_base, keep_weights_in_evaluations, load_adapter_weights, load_base, quiet_libraries
 from nli.prompts import student_prompt_sha256
 from nli.records import SFTExample, content_hash
-from nli.runs import read_manifest, start_run
-from nli.storage import dump_line, read_jsonl, resolve_input, resolve_output, sha256_file, summarise_faults
+from nli.runs import describe_differences, read_manifest, start_run
+from nli.storage import dump_line, read_jsonl, resolve_input, resolve_output, sha256_file, summarise_faults, write_atomic
 from nli.tokenization import encode_example, load_tokenizer
 
 if TYPE_CHECKING:
@@ -107,7 +120,7 @@ class TrainConfig:
     use_gpu: bool | None = None
     """train on GPUs; None: if the cluster has any"""
     gpu: CountOrZero | None = None
-    """index of the GPU to use on this machine; refused on a cluster"""
+    """index of the GPU to use on this machine, by one worker; refused on a cluster"""
     max_failures: CountOrZero = 3
     """times that lost workers are started again"""
     wandb: bool = True
@@ -124,6 +137,10 @@ class TrainConfig:
                 f"global_batch_size {self.global_batch_size} is no multiple of num_workers x per_device_batch_size "
                 f"({self.num_workers} x {self.per_device_batch_size} = {rows}); change one of the three."
             )
+        if self.gpu is not None and self.num_workers > 1:
+            raise ConfigError(f"gpu {self.gpu} is one GPU and num_workers {self.num_workers} need one each; leave gpu out, or train with one worker.")
+        if self.gpu is not None and self.use_gpu is False:
+            raise ConfigError(f"gpu {self.gpu} picks a GPU and use_gpu=False trains without one; leave one of the two out.")
 
 
 # What may differ between two attempts at the same run: places, hardware, and how much is logged or kept.
@@ -151,15 +168,16 @@ def run(config: TrainConfig) -> Path:
     check_gpu_choice(config.gpu, config.use_gpu)
     plan = plan_fit(config)
     if (finished := read_finished(plan)) is not None:
-        print(f"sft: {plan.output} is finished already (eval loss {finished['eval_loss']:.4f})", flush=True)
+        print(f"sft: {plan.output} is finished already (eval loss {show_loss(finished['eval_loss'])})", flush=True)
         return plan.output
+    check_folder(plan)
     with connected(config.gpu):
         fit(plan)
     return plan.output
 
 
 def plan_fit(config: TrainConfig) -> FitPlan:
-    """Resolve paths and check base, rows and splits, without Ray and without loading weights."""
+    """Resolve paths and check base, tokenizer, rows and splits, without Ray and without loading weights."""
     train, dev = resolve_input(config.train_file, config.storage_root), resolve_input(config.dev_file, config.storage_root)
     output = resolve_output(config.output_dir, config.storage_root)
     check_splits(train, dev, read_jsonl(train, SFTExample), read_jsonl(dev, SFTExample))
@@ -167,6 +185,7 @@ def plan_fit(config: TrainConfig) -> FitPlan:
     if (local := Path(os.path.abspath(base))).is_dir():
         base = str(local)
     check_base(base)
+    load_tokenizer(base)
     settled = {name: value for name, value in as_dict(config).items() if name not in _FREE_FIELDS}
     identity = {
         "base": fingerprint_model(base),
@@ -197,8 +216,52 @@ def read_finished(plan: FitPlan) -> dict | None:
     """The counts of a finished run in the plan's folder, None if it is unfinished or not begun. Raises ResumeError if it is another run."""
     manifest = read_manifest(plan.output / "manifest.json")
     if manifest is None or manifest["status"] != "finished" or manifest["identity"] != json.loads(json.dumps(plan.identity)):
-        return None  # start_run refuses another identity, with the difference
+        return None  # check_folder refuses another identity, with the difference
     return manifest["counts"]
+
+
+def check_folder(plan: FitPlan) -> None:
+    """Raise ResumeError if the plan's folder holds another run, or files that are no run's. A run that made nothing yet is in nobody's way."""
+    manifest = read_manifest(plan.output / "manifest.json")
+    if manifest is None:
+        if plan.output.exists() and any(not path.name.startswith(".") for path in plan.output.iterdir()):
+            raise ResumeError(f"{plan.output} is not empty and holds no run of this project; choose another output_dir.")
+        return
+    differences = describe_differences(manifest["identity"], json.loads(json.dumps(plan.identity)))
+    if differences and (manifest["status"] == "finished" or has_work(plan.output)):
+        cure = "Choose another output_dir, or move the earlier run away; nothing was changed."
+        raise ResumeError(f"{plan.output} holds a run that was made another way:\n  " + "\n  ".join(differences) + f"\n{cure}")
+
+
+def check_room(config: TrainConfig, use_gpu: bool, extra_cpus: float = 0.0) -> None:
+    """Raise ConfigError if the connected cluster has less CPUs or GPUs than the workers reserve, for Ray would wait for more without end.
+
+    Whether a cluster grows cannot be asked of Ray. One that is this machine alone does not, unless `ray up` made it (its ~/ray_bootstrap_config.yaml is
+    there) or it runs in Kubernetes. Where it may grow, a line says what is waited for. `extra_cpus` is what the caller reserves beside the workers.
+    """
+    import ray
+
+    have = ray.cluster_resources()
+    needed = {name: amount * config.num_workers for name, amount in worker_resources(config, use_gpu).items()}
+    needed["CPU"] += extra_cpus
+    short = [name for name, amount in needed.items() if have.get(name, 0) < amount]
+    if not short:
+        return
+    alone = sum(node["Alive"] for node in ray.nodes()) <= 1
+    grows = not alone or Path("~/ray_bootstrap_config.yaml").expanduser().exists() or "KUBERNETES_SERVICE_HOST" in os.environ
+    for name in short:
+        if grows:
+            print(f"sft: waiting for {needed[name]:g} {name}s; the cluster has {have.get(name, 0):g} now", flush=True)
+        else:
+            raise ConfigError(
+                f"num_workers {config.num_workers} need {needed[name]:g} {name}s and the cluster has {have.get(name, 0):g}. "
+                "Take fewer workers (num_workers, cpus_per_worker), or join a larger cluster."
+            )
+
+
+def show_loss(loss: float | None) -> str:
+    """A loss for the console; None stands for one that was never finite."""
+    return "not finite" if loss is None else f"{loss:.4f}"
 
 
 def fit(plan: FitPlan, callbacks: Sequence = ()) -> dict:
@@ -208,12 +271,11 @@ def fit(plan: FitPlan, callbacks: Sequence = ()) -> dict:
     from ray.train.torch import TorchTrainer
 
     config = plan.config
-    started = plan.output.exists() and any(plan.output.iterdir())
-    if started and not (plan.output / "manifest.json").exists():
-        raise ResumeError(f"{plan.output} is not empty and holds no run of this project; choose another output_dir.")
-    record = start_run(plan.output / "manifest.json", "sft", plan.identity, config, plan.inputs)
-    tokenised, num_dropped = tokenise(plan)
+    check_folder(plan)
     use_gpu = ray.cluster_resources().get("GPU", 0) > 0 if config.use_gpu is None else config.use_gpu
+    check_room(config, use_gpu)
+    tokenised, num_dropped = tokenise(plan)  # before the manifest: what it refuses can be mended by another config
+    record = start_run(plan.output / "manifest.json", "sft", plan.identity, config, plan.inputs, has_work=has_work(plan.output))
     state = plan.output / "ray_train"
     trainer = TorchTrainer(
         train_worker,
@@ -235,7 +297,7 @@ def fit(plan: FitPlan, callbacks: Sequence = ()) -> dict:
     shutil.rmtree(state, ignore_errors=True)
     result = json.loads((plan.output / "result.json").read_text(encoding="utf-8")) | {"dropped_overlong": num_dropped}
     record.finish(result)
-    print(f"sft: {plan.output}: eval loss {result['eval_loss']:.4f} after {result['steps']} steps ({result['train_seconds']:.0f} s)", flush=True)
+    print(f"sft: {plan.output}: eval loss {show_loss(result['eval_loss'])} after {result['steps']} steps ({result['train_seconds']:.0f} s)", flush=True)
     return result
 
 
@@ -245,15 +307,19 @@ def worker_resources(config: TrainConfig, use_gpu: bool) -> dict[str, float]:
 
 
 def tokenise(plan: FitPlan) -> tuple[Path, int]:
-    """Tokenise both files by Ray Data into a folder of Parquet, kept for runs of the same data; returns it and how many overlong rows were left out.
+    """Tokenise both files by Ray Data into a folder of Parquet; returns it and how many overlong rows were left out.
 
-    Raises DataError that names the rows that cannot be encoded, or are longer than max_length where they may not be dropped.
+    The folder is kept for runs of the same rows, tokenizer and code. Raises DataError that names the rows that cannot be encoded, or are longer than
+    max_length where they may not be dropped, and StorageError if rows were lost on their way to the disk.
     """
     import pyarrow.parquet as pq
     import ray
+    import transformers
 
     config = plan.config
-    parts = [plan.identity["train_sha256"], plan.identity["dev_sha256"], plan.identity["base"]]
+    code = Path(tokenization.__file__).read_text(encoding="utf-8")
+    tokenizer = [fingerprint_tokenizer(config.base_model), code, transformers.__version__]
+    parts = [plan.identity["train_sha256"], plan.identity["dev_sha256"], plan.identity["base"], *tokenizer]
     folder = plan.output.parent / ".tokenised" / content_hash(parts)
     if not folder.exists():
         items = [
@@ -263,13 +329,13 @@ def tokenise(plan: FitPlan) -> tuple[Path, int]:
         ]
         quiet_ray_data()
         blocks = max(1, min(64, len(items) // 1000))
-        aside = folder.with_name(f"{folder.name}.{os.getpid()}")
+        aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}")  # write_parquet adds to a folder that is there
         dataset = ray.data.from_items(items, override_num_blocks=blocks)
-        dataset.map_batches(tokenise_batch, fn_kwargs={"tokenizer_path": config.base_model}, batch_format="pyarrow").write_parquet(str(aside))
-        if folder.exists():
-            shutil.rmtree(aside)
-        else:
-            aside.rename(folder)
+        try:
+            dataset.map_batches(tokenise_batch, fn_kwargs={"tokenizer_path": config.base_model}, batch_format="pyarrow").write_parquet(str(aside))
+            move_tokenised(aside, folder, len(items))
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     table = pq.read_table(folder, columns=["split", "line", "num_tokens", "problem"])
     paths = dict(zip(("train", "dev"), plan.inputs, strict=True))
     rows = sorted(table.to_pylist(), key=lambda row: (row["split"], row["line"]))
@@ -282,6 +348,20 @@ def tokenise(plan: FitPlan) -> tuple[Path, int]:
     for row in overlong:
         print(f"sft: {paths[row['split']]}:{row['line']}: {row['num_tokens']} tokens, over max_length {config.max_length}: left out", flush=True)
     return folder, len(overlong)
+
+
+def move_tokenised(aside: Path, folder: Path, num_rows: int) -> None:
+    """Give a finished folder of Parquet its name; one that another run made meanwhile stays. Raises StorageError if it has not `num_rows` rows."""
+    import pyarrow.parquet as pq
+
+    found = pq.read_table(aside, columns=["line"]).num_rows
+    if found != num_rows:
+        raise StorageError(f"{aside}: {found} tokenised rows instead of {num_rows} are on the disk; run the command again.")
+    try:
+        aside.rename(folder)
+    except OSError as error:
+        if not folder.is_dir():
+            raise StorageError(f"{folder}: cannot be written ({error.strerror}).") from error
 
 
 def tokenise_batch(table, tokenizer_path: str):
@@ -309,19 +389,20 @@ def train_worker(job: dict) -> None:
     import ray.train
     import torch
     from ray.train.v2._internal.execution.context import logger as report_logger
-    from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
+    from transformers import EarlyStoppingCallback, PrinterCallback, TrainerState, set_seed
     from trl import SFTTrainer
 
     report_logger.setLevel(logging.WARNING)  # it prints each report, as our reporter does
     config, output = TrainConfig(**job["config"]), Path(job["output"])
     context = ray.train.get_context()
     device = f"cuda:{torch.cuda.current_device()}" if job["use_gpu"] else "cpu"
-    checkpoint = find_newest_complete(output) if context.get_world_rank() == 0 else None
-    checkpoint = _broadcast(checkpoint)
+    checkpoint, best = find_start(output) if context.get_world_rank() == 0 else (None, None)
+    checkpoint, best = _broadcast((checkpoint, best))
 
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.base_model)
     model = load_base(config.base_model, config.quantization, config.compute_dtype, device)
+    keep_weights_in_evaluations(model)
     model = add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.target_modules)
     early_stopping = [EarlyStoppingCallback(config.early_stopping_patience)] if config.early_stopping_patience else []
     trainer = SFTTrainer(
@@ -330,24 +411,54 @@ def train_worker(job: dict) -> None:
         train_dataset=read_split(job["tokenised"], "train", config.max_length),
         eval_dataset=read_split(job["tokenised"], "dev", config.max_length),
         processing_class=tokenizer,
-        callbacks=[*early_stopping, build_reporter(output)],
+        callbacks=[build_reporter(output, best), *early_stopping],
     )
     trainer.remove_callback(PrinterCallback)  # the reporter prints
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # the trainer casts the adapters of a quantised base to bf16; small updates would be lost in it
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint is not None and is_at_end(read_trainer_state(checkpoint)):
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        load_adapter_weights(trainer.model, str(best or checkpoint))
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        best = Path(trainer.state.best_model_checkpoint) if trainer.state.best_model_checkpoint else None
     state = trainer.state
-    best = min((entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry), default=float("nan"))
+    losses = [entry["eval_loss"] for entry in state.log_history if math.isfinite(entry.get("eval_loss", math.nan))]
     if context.get_world_rank() == 0:
+        if best is not None:
+            check_best(best)
+            load_adapter_weights(trainer.model, str(best))
         trainer.save_model(str(output))
         tokenizer.save_pretrained(str(output))
         write_card(output, config.base_model, config.quantization, config.compute_dtype, config.max_length)
-        result = {"steps": state.global_step, "epochs": round(state.epoch, 3), "eval_loss": best, "train_seconds": round(time.monotonic() - started, 1)}
-        result |= {"best_checkpoint": Path(state.best_model_checkpoint).name if state.best_model_checkpoint else None, "resumed_from": str(checkpoint or "")}
-        (output / "result.json").write_text(json.dumps(result), encoding="utf-8")
+        result = {"steps": state.global_step, "epochs": round(state.epoch, 3), "eval_loss": min(losses, default=None)}
+        result |= {"train_seconds": round(time.monotonic() - started, 1), "best_checkpoint": best.name if best else None}
+        result |= {"resumed_from": str(checkpoint or "")}
+        write_atomic(output / "result.json", json.dumps(result) + "\n")
     torch.distributed.barrier()
+
+
+def find_start(output: Path) -> tuple[Path | None, Path | None]:
+    """The checkpoint to go on from and the best one of those before it. Log lines of steps that will be made again go.
+
+    Raises ModelError if the best one is missing or damaged.
+    """
+    checkpoint = find_newest_complete(output)
+    best = find_best(output, checkpoint) if checkpoint else None
+    log = output / "log.jsonl"
+    if log.exists():
+        last = read_trainer_state(checkpoint)["global_step"] if checkpoint else -1
+        lines = [line for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]  # a kill may cut the last one
+        write_atomic(log, "".join(line for line in lines if json.loads(line)["step"] <= last))
+    return checkpoint, best
+
+
+def is_at_end(state: Mapping) -> bool:
+    """Whether training had ended when a checkpoint's trainer_state.json was written: by its last step or by early stopping."""
+    control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
+    return state["global_step"] >= state["max_steps"] or control.get("should_training_stop", False)
 
 
 def build_arguments(config: TrainConfig, output: Path, use_gpu: bool, world_size: int):
@@ -410,18 +521,25 @@ def read_split(folder: str, split: str, max_length: int) -> "datasets.Dataset":
     return datasets.Dataset(table.sort_by("line").select(["input_ids", "labels"]).combine_chunks())
 
 
-def build_reporter(output: Path) -> "TrainerCallback":
-    """A callback that logs to log.jsonl and the console, seals checkpoints and reports evaluations to Ray."""
+def build_reporter(output: Path, best: Path | None) -> "TrainerCallback":
+    """A callback that logs to log.jsonl and the console, seals checkpoints and reports evaluations to Ray.
+
+    `best` is the best checkpoint of the run that is resumed, where it lies now: the one that the trainer's state names may have lain elsewhere.
+    """
     import ray.train
     import torch
     from transformers import TrainerCallback
 
     class Reporter(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            state.best_model_checkpoint = str(best) if best else None
+
         def on_log(self, args, state, control, logs=None, **kwargs):
             if not state.is_world_process_zero or logs is None:
                 return
             with open(output / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(dump_line({"step": state.global_step, **logs}))
+                finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in logs.items()}
+                file.write(dump_line({"step": state.global_step, **finite}))
             shown = {name: logs[name] for name in ("loss", "eval_loss", "grad_norm", "learning_rate") if name in logs}
             if shown:
                 values = ", ".join(f"{name} {float(value):.4g}" for name, value in shown.items())
@@ -434,6 +552,8 @@ def build_reporter(output: Path) -> "TrainerCallback":
 
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
             ray.train.report({"step": state.global_step, "epoch": state.epoch, "eval_loss": metrics["eval_loss"]})
+            if not math.isfinite(metrics["eval_loss"]):
+                metrics["eval_loss"] = math.inf  # a NaN would stay the best loss for ever: no number is below it
 
     return Reporter()
 

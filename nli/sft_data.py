@@ -23,7 +23,7 @@ from nli.parsing import ParseStatus
 from nli.prompts import render_completion, render_student_prompt, student_prompt_sha256
 from nli.records import Answer, Reflection, is_correct, row_key
 from nli.runs import manifest_beside, start_run
-from nli.storage import read_jsonl, resolve_input, resolve_output, sha256_file, write_jsonl
+from nli.storage import index_rows, read_jsonl, resolve_input, resolve_output, sha256_file, write_jsonl
 
 
 @config_class
@@ -121,8 +121,8 @@ def run(config: PrepareSFTDataConfig) -> Path:
     if config.reflections:
         inputs.append(resolve_input(config.reflections, config.storage_root))
         # Nothing to reflect on makes an empty file, which is no fault here.
-        reflections = {row_key(row): row for row in read_jsonl(inputs[1], Reflection)} if inputs[1].stat().st_size else {}
-    rows, counts = select_rows(answers, reflections, config)
+        reflections = index_rows(read_jsonl(inputs[1], Reflection), inputs[1]) if inputs[1].stat().st_size else {}
+    rows, counts = select_rows(index_rows(answers, thoughts).values(), reflections, config)
     if not rows:
         raise DataError(f"{thoughts}: no answer can be used for ablation {config.ablation} ({dict(counts)}).")
     identity = {

@@ -136,6 +136,18 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"{path}: no such file.") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8.") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read as a file ({error.strerror}).") from None
+
+
+def index_rows(rows: Iterable[Mapping], path: Path) -> dict[str, Mapping]:
+    """Rows by row key, in their order. Raises DataError if two rows share one: the later would hide the earlier."""
+    indexed: dict[str, Mapping] = {}
+    for number, row in enumerate(rows, start=1):
+        if row_key(row) in indexed:
+            raise DataError(f"{path}: row {number} repeats the id {row['id']!r} and the pair of an earlier row; remove one of them.")
+        indexed[row_key(row)] = row
+    return indexed
 
 
 def summarise_faults(faults: Sequence[str], cure: str, shown: int = 10) -> str:
@@ -150,12 +162,16 @@ class RowFile:
     """One output file of a stage that makes rows one by one.
 
     Rows are appended to `<output>.partial` as they finish, and moved to the output, in input order, when all are there. A torn last line, as a kill
-    leaves it, is dropped and its row made again.
+    leaves it, is dropped and its row made again. Finished rows that the input lacks now go to `<output>.set_aside`, where a later run finds them.
     """
 
     def __init__(self, path: Path) -> None:
+        if path.is_dir():
+            raise StorageError(f"{path} is a folder; give a file to write rows to.")
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
+        self.set_aside = path.with_name(path.name + ".set_aside")
+        self._known: dict[str, dict] = {}
 
     def exists(self) -> bool:
         """Whether anything of an earlier run is there."""
@@ -163,8 +179,7 @@ class RowFile:
 
     def read_finished(self) -> dict[str, dict]:
         """Rows of earlier runs by row key; a later row replaces an earlier one of the same key."""
-        finished = {}
-        for path in (self.path, self.partial):
+        for path in (self.set_aside, self.path, self.partial):
             if not path.exists():
                 continue
             data = path.read_bytes()
@@ -174,12 +189,12 @@ class RowFile:
             for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
                 try:
                     row = json.loads(line)
-                    finished[row_key(row)] = row
+                    self._known[row_key(row)] = row
                 except (ValueError, KeyError, TypeError):
                     raise DataError(f"{path}:{number}: not a row of this project; repair or remove the line, and only its row is made again.") from None
-        return finished
+        return dict(self._known)
 
-    def append(self, rows: Sequence[Mapping]) -> None:
+    def append(self, rows: Sequence[dict]) -> None:
         """Add finished rows; they are on disk when this returns."""
         try:
             self.partial.parent.mkdir(parents=True, exist_ok=True)
@@ -189,8 +204,16 @@ class RowFile:
                 os.fsync(file.fileno())
         except OSError as error:
             raise StorageError(f"{self.partial}: cannot be written ({error.strerror}). The rows before are kept; mend it and run the command again.") from error
+        self._known |= {row_key(row): row for row in rows}
 
-    def finish(self, rows: Iterable[Mapping]) -> None:
+    def finish(self, rows: Sequence[Mapping]) -> None:
         """Write the output whole and drop the partial file."""
+        kept = {row_key(row) for row in rows}
+        others = [row for key, row in self._known.items() if key not in kept]
+        if others:
+            write_jsonl(self.set_aside, others)
+            print(f"{len(others)} finished rows belong to pairs that the input lacks now; they are kept in {self.set_aside}", flush=True)
         write_jsonl(self.path, rows)
         self.partial.unlink(missing_ok=True)
+        if not others:
+            self.set_aside.unlink(missing_ok=True)

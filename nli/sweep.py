@@ -7,23 +7,31 @@ Out:  sweeps/<name>/sweep.json
       sweeps/<name>/<trial's name>/  each trial's run, as train_sft makes it
 
 Every trial's eval loss is over the same dev file, so that ablations can be compared. All trials are checked before the first one starts.
+A trial's status is `finished`, `stopped` (by the scheduler, which leaves `stopped.json` in its folder), `diverged` (no eval loss was finite), `failed`
+(with its reason) or `unfinished`; the same command goes on with the last two only.
 """
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_type_hints
 
+from nli.checkpoints import has_work
 from nli.cluster import check_gpu_choice, connected, own_error
 from nli.config import Count, CountOrZero, Positive, config_class, field_names, nearest
 from nli.errors import ConfigError, NLIError
 from nli.records import Ablation
 from nli.runs import start_run
-from nli.sft import FitPlan, TrainConfig, fit, plan_fit, read_finished, worker_resources
+from nli.sft import FitPlan, TrainConfig, check_folder, check_room, fit, plan_fit, read_finished, worker_resources
 from nli.storage import resolve_output, write_atomic
+
+STOPPED = "stopped.json"
+_TRIAL_CPUS = 0.01  # a trial only drives its training workers, which reserve their own
+_NO_AXES = {"num_workers", "cpus_per_worker", "gpu", "max_failures", "log_steps", "keep_checkpoints"}  # they change no result
 
 
 @config_class
@@ -60,7 +68,11 @@ class SweepConfig:
 
 
 def parse_extra_axes(texts: tuple[str, ...]) -> dict[str, tuple]:
-    """{'lora_dropout': (0.0, 0.05)} from ('lora_dropout=0,0.05',). Raises ConfigError for a name that is no field or a value that is no number."""
+    """{'lora_dropout': (0.0, 0.05)} from ('lora_dropout=0,0.05',).
+
+    Raises ConfigError for a name that is no numeric field, or one that changes no result, and for a value that is no number.
+    """
+    numeric = [name for name, kind in get_type_hints(TrainConfig).items() if kind in (int, float) and name not in _NO_AXES]
     axes: dict[str, tuple] = {}
     for text in texts:
         name, _, values = text.partition("=")
@@ -68,6 +80,8 @@ def parse_extra_axes(texts: tuple[str, ...]) -> dict[str, tuple]:
             raise ConfigError(f"sweep axis {name!r} is not a field of the training config.{nearest(name, field_names(TrainConfig))}")
         if name in ("lora_rank", "learning_rate") or name in axes:
             raise ConfigError(f"sweep axis {name} is given twice.")
+        if name not in numeric:
+            raise ConfigError(f"sweep axis {name} cannot be swept over; axes are {', '.join(numeric)}.")
         try:
             axes[name] = tuple(int(value) if value.strip().lstrip("-").isdigit() else float(value) for value in values.split(","))
         except ValueError:
@@ -91,62 +105,100 @@ def list_trials(config: SweepConfig) -> dict[str, TrainConfig]:
 
 
 def run(config: SweepConfig) -> Path:
-    """Run every trial that is not finished; returns the path of sweep.json.
+    """Run every trial that is neither finished nor stopped; returns the path of sweep.json.
 
-    Raises ConfigError, DataError, ModelError or StorageError before the first trial. A trial that fails is listed with its reason; the others go on.
+    Raises ConfigError, DataError, ModelError, ResumeError or StorageError before the first trial. A trial that fails is listed with its reason; the others
+    go on. Raises NLIError if no trial ends with a finite eval loss.
     """
     check_gpu_choice(config.train.gpu, config.train.use_gpu)
     output = resolve_output(config.output_dir, config.storage_root)
     plans = {name: plan_fit(train) for name, train in list_trials(config).items()}
     identity = {"trials": {name: plan.identity for name, plan in plans.items()}, "scheduler": config.scheduler}
-    record = start_run(output / "manifest.json", "sweep", identity, config, sorted({path for plan in plans.values() for path in plan.inputs}))
-    finished = {name: result for name, plan in plans.items() if (result := read_finished(plan)) is not None}
-    print(f"sweep: {len(plans)} trials, {len(finished)} finished already", flush=True)
-    reasons: dict[str, str] = {}
-    if len(finished) < len(plans):
+    inputs = sorted({path for plan in plans.values() for path in plan.inputs})
+    record = start_run(output / "manifest.json", "sweep", identity, config, inputs, has_work=any(has_work(folder) for folder in output.glob("*/")))
+    for plan in plans.values():
+        check_folder(plan)
+    outcomes = {name: describe_trial(name, plan) for name, plan in plans.items()}
+    pending = {name: plan for name, plan in plans.items() if outcomes[name]["status"] == "unfinished"}
+    num_stopped = sum(trial["status"] == "stopped" for trial in outcomes.values())
+    stopped = f", {num_stopped} stopped by the scheduler" if num_stopped else ""
+    print(f"sweep: {len(plans)} trials, {len(plans) - len(pending) - num_stopped} finished already{stopped}", flush=True)
+    if pending:
         with connected(config.train.gpu):
-            reasons = run_trials({name: plan for name, plan in plans.items() if name not in finished}, config, output)
-        finished = {name: result for name, plan in plans.items() if (result := read_finished(plan)) is not None}
-    trials = [describe_trial(name, plan, finished.get(name), reasons.get(name)) for name, plan in plans.items()]
+            reasons = run_trials(pending, config, output)
+        outcomes |= {name: describe_trial(name, plan, reasons.get(name)) for name, plan in pending.items()}
+    trials = list(outcomes.values())
+    finished = [trial for trial in trials if trial["status"] == "finished"]
     if not finished:
-        raise NLIError(f"every trial of the sweep failed, the first with: {next(iter(reasons.values()), 'no reason given')}")
-    best = min((trial for trial in trials if trial["status"] == "finished"), key=lambda trial: trial["eval_loss"])
-    write_atomic(output / "sweep.json", json.dumps({"trials": trials, "best": best}, indent=2) + "\n")
+        found = ", ".join(f"{trial['name']}: {trial['reason'] or trial['status']}" for trial in trials[:3])
+        raise NLIError(f"no trial of the sweep finished with a finite eval loss ({found}); try a lower learning_rate if they diverged.")
+    best = min(finished, key=lambda trial: trial["eval_loss"])
+    write_atomic(output / "sweep.json", json.dumps({"trials": trials, "best": best}, indent=2, allow_nan=False) + "\n")
     record.finish({"trials": len(plans), "finished": len(finished), "best": best["name"], "best_eval_loss": best["eval_loss"]})
     print(f"sweep: best is {best['name']} with eval loss {best['eval_loss']:.4f} -> {output / 'sweep.json'}", flush=True)
     return output / "sweep.json"
 
 
-def describe_trial(name: str, plan: FitPlan, result: Mapping | None, reason: str | None) -> dict:
-    """One trial's line in sweep.json."""
+def describe_trial(name: str, plan: FitPlan, reason: str | None = None) -> dict:
+    """One trial's line in sweep.json, from what lies in its folder; `reason` says why it failed just now."""
     axes = dict(part.split("=", 1) for part in name.split(","))
     values = {axis: getattr(plan.config, axis, text) for axis, text in axes.items()}
-    outcome = {"eval_loss": None, "steps": None, "seconds": None}
-    if result is not None:
-        outcome = {"eval_loss": result["eval_loss"], "steps": result["steps"], "seconds": result["train_seconds"]}
-    status = "finished" if result else "stopped" if reason is None else "failed"
-    return {"name": name, **values, "status": status, **outcome, "reason": reason, "adapter": str(plan.output)}
+    outcome = {"status": "unfinished" if reason is None else "failed", "eval_loss": None, "steps": None, "seconds": None}
+    if (result := read_finished(plan)) is not None:
+        loss = _finite(result["eval_loss"])
+        outcome = {"status": "diverged" if loss is None else "finished", "eval_loss": loss, "steps": result["steps"], "seconds": result["train_seconds"]}
+    elif reason is None and (stopped := read_stopped(plan)) is not None:
+        outcome = {"status": "stopped", "eval_loss": stopped["eval_loss"], "steps": stopped["steps"], "seconds": stopped["seconds"]}
+    return {"name": name, **values, **outcome, "reason": reason, "adapter": str(plan.output)}
+
+
+def write_stopped(plan: FitPlan, result: Mapping) -> None:
+    """Record that the scheduler has stopped a trial, with what the trial reported last."""
+    values = {"eval_loss": _finite(result["eval_loss"]), "steps": result["step"], "seconds": round(result["time_total_s"], 1)}
+    write_atomic(plan.output / STOPPED, json.dumps({"identity": plan.identity, **values}, indent=2) + "\n")
+
+
+def read_stopped(plan: FitPlan) -> dict | None:
+    """What `write_stopped` wrote about this very trial, or None."""
+    try:
+        stopped = json.loads((plan.output / STOPPED).read_text(encoding="utf-8"))
+        return stopped if stopped["identity"] == json.loads(json.dumps(plan.identity)) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # a trial without a readable record is run again, from its newest checkpoint
+
+
+def _finite(loss: float | None) -> float | None:
+    return loss if loss is not None and math.isfinite(loss) else None
 
 
 def run_trials(plans: Mapping[str, FitPlan], config: SweepConfig, output: Path) -> dict[str, str]:
-    """Run trials by Ray Tune; returns the reason of each that failed."""
+    """Run trials by Ray Tune; returns the reason of each that failed. Raises ConfigError if the cluster has no room for one."""
     import ray
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
     from ray.tune.schedulers import ASHAScheduler
+
+    class RecordingASHA(ASHAScheduler):
+        def on_trial_result(self, tune_controller, trial, result):
+            decision = super().on_trial_result(tune_controller, trial, result)
+            if decision == self.STOP:
+                write_stopped(plans[trial.config["name"]], result)
+            return decision
 
     def trial(parameters: dict) -> None:
         fit(plans[parameters["name"]], callbacks=[TuneReportCallback()])
 
     resources = ray.cluster_resources()
     use_gpu = resources.get("GPU", 0) > 0 if config.train.use_gpu is None else config.train.use_gpu
+    check_room(config.train, use_gpu, extra_cpus=_TRIAL_CPUS)
     needed = worker_resources(config.train, use_gpu)
     room = min(resources.get(name, 0) / (amount * config.train.num_workers) for name, amount in needed.items())
     concurrent = config.max_concurrent_trials or max(1, int(room))
-    asha = ASHAScheduler(time_attr="step", grace_period=max(1, config.grace_evaluations * (config.train.eval_steps or 1)), max_t=10**9)
+    clock = {"time_attr": "step" if config.train.eval_steps else "epoch", "grace_period": config.grace_evaluations * max(1, config.train.eval_steps)}
+    asha = RecordingASHA(**clock, max_t=10**9)
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     tuner = tune.Tuner(
-        tune.with_resources(trial, {"CPU": 0.01}),  # the trial only drives its training workers, which reserve their own
+        tune.with_resources(trial, {"CPU": _TRIAL_CPUS}),
         param_space={"name": tune.grid_search(list(plans))},
         tune_config=tune.TuneConfig(
             metric="eval_loss", mode="min", max_concurrent_trials=concurrent, scheduler=asha if config.scheduler == "asha" else None, reuse_actors=False

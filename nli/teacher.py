@@ -8,14 +8,18 @@ named; what still fails is an outcome with its reason, never an absence.
 """
 
 import asyncio
+import math
+import os
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from nli.chat_api import CallFailed, ChatClient, Reply, Unreachable, read_api_key
+from nli.cluster import StoppedEarly
 from nli.config import Count, CountOrZero, NonNegative, Positive, config_class
 from nli.errors import TeacherError
 from nli.limiter import MinuteLimiter
@@ -23,6 +27,8 @@ from nli.parsing import Parsed, ParseStatus, parse_reply
 from nli.prompts import Prompt
 
 MAX_WAIT_SECONDS = 60.0
+MOST_FAILED_SHARE = 0.05  # of a file's rows, beyond which the stage ends in an error
+MOST_REFUSED = 20  # refused requests, and none answered, after which a worker gives up
 CHARACTERS_PER_TOKEN = 3.5  # for the limiter's guess before a reply's usage is known: a low figure, so that the guess is high
 
 
@@ -65,9 +71,8 @@ class TeacherConfig:
 
 
 def describe_requests(config: TeacherConfig, prompt: Prompt) -> dict:
-    """The values that decide what the teacher answers: an output's identity."""
+    """The values that decide what the teacher answers: an output's identity. A model may move to another address; its name says which it is."""
     return {
-        "base_url": config.base_url,
         "model": config.model,
         "prompt_name": prompt.name,
         "prompt_sha256": prompt.sha256,
@@ -83,7 +88,28 @@ def check_teacher(config: TeacherConfig) -> str:
     """The API key, after checking that there is one. Raises TeacherError before anything is started."""
     if not config.base_url.startswith(("http://", "https://")):
         raise TeacherError(f"--base-url {config.base_url!r} is not an http:// or https:// address.")
+    if "@" in config.base_url or "?" in config.base_url:
+        raise TeacherError("--base-url may hold no user, password or query: it is written into manifests. The key goes into MISTRAL_API_KEY.")
     return read_api_key(config.api_key_file)
+
+
+def refuse_failed(rows: Sequence[Mapping], status: str, problem: str, output: Path) -> None:
+    """Say how many requests failed in the end; raise TeacherError if they are too many to go on with.
+
+    Their rows are in the output with the reason, and the same command asks for them alone.
+    """
+    failed = [row for row in rows if row[status] == ParseStatus.REQUEST_FAILED]
+    if failed:
+        reason = f"{len(failed)} of {len(rows)} requests failed, the first with: {failed[0][problem]}"
+        message = f"{output}: {reason}. The same command asks for these rows again."
+        if len(failed) > MOST_FAILED_SHARE * len(rows):
+            raise TeacherError(message)
+        print(message, flush=True)
+
+
+def settle_key_file(config: TeacherConfig) -> TeacherConfig:
+    """The config with an absolute path of the key file: actors have a current folder of their own."""
+    return replace(config, api_key_file=os.path.abspath(config.api_key_file)) if config.api_key_file else config
 
 
 @dataclass(frozen=True)
@@ -111,10 +137,22 @@ class Teacher:
         self._limiter = MinuteLimiter(config.requests_per_minute * share, config.tokens_per_minute * share)
         self._in_flight = asyncio.Semaphore(config.max_in_flight)
         self._random = random.Random()
+        self._num_refused = 0
 
-    async def ask_all(self, rows: list[dict]) -> list[Outcome]:
-        """Ask about rows side by side; outcomes in the rows' order. Raises TeacherError when no call can succeed."""
-        return list(await asyncio.gather(*(self.ask(row) for row in rows)))
+    async def ask_all(self, rows: list[dict], build: Callable[[dict, "Outcome"], dict]) -> list[dict]:
+        """Ask about rows side by side and build a row of each outcome, in order.
+
+        Raises StoppedEarly, with the rows that were answered, when no further call can succeed.
+        """
+        outcomes = await asyncio.gather(*(self.ask(row) for row in rows), return_exceptions=True)
+        failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        finished = [build(row, outcome) for row, outcome in zip(rows, outcomes, strict=True) if isinstance(outcome, Outcome)]
+        unexpected = next((failure for failure in failures if not isinstance(failure, TeacherError)), None)
+        if unexpected is not None:
+            raise unexpected
+        if failures:
+            raise StoppedEarly(finished, failures[0])
+        return finished
 
     async def ask(self, row: Mapping) -> Outcome:
         """Ask about one row, with one repair when the first reply cannot be read."""
@@ -159,12 +197,16 @@ class Teacher:
                 except CallFailed as error:
                     failure = error
                 else:
+                    self._num_refused = -math.inf  # a server that answers refuses single requests, not all
                     self._limiter.settle(grant, (reply.num_prompt_tokens or 0) + (reply.num_completion_tokens or 0) or estimate)
                     return reply
             if not failure.retryable or attempt == self.config.max_attempts:
                 break
             wait = min(MAX_WAIT_SECONDS, 0.5 * 2 ** (attempt - 1)) * self._random.uniform(0.5, 1.5)
             await asyncio.sleep(max(wait, failure.retry_after or 0.0))
+        self._num_refused += not failure.retryable
+        if self._num_refused >= MOST_REFUSED:
+            raise TeacherError(f"the first {MOST_REFUSED} requests were all refused, the last with: {failure}. Check --model and --response-format.")
         if isinstance(failure, Unreachable):
             raise TeacherError(f"{failure} in {attempt} tries. Check --base-url and the network; finished rows are kept, and the same command goes on.")
         raise failure

@@ -20,8 +20,8 @@ from nli.parsing import ParseStatus
 from nli.prompts import TEACHER_PROMPTS
 from nli.records import Answer, is_correct, row_key
 from nli.runs import manifest_beside, start_run
-from nli.storage import RowFile, read_jsonl, resolve_input, resolve_output
-from nli.teacher import Outcome, Teacher, TeacherConfig, check_teacher, describe_requests
+from nli.storage import RowFile, index_rows, read_jsonl, resolve_input, resolve_output
+from nli.teacher import Outcome, Teacher, TeacherConfig, check_teacher, describe_requests, refuse_failed, settle_key_file
 
 
 @config_class
@@ -81,8 +81,7 @@ class ThoughtWriter:
         self.teacher = Teacher(config, prompt, check_teacher(config), share=1 / config.workers)
 
     async def __call__(self, rows: list[dict]) -> list[dict]:
-        outcomes = await self.teacher.ask_all(rows)
-        return [to_answer(row, outcome, self.config) for row, outcome in zip(rows, outcomes, strict=True)]
+        return await self.teacher.ask_all(rows, lambda row, outcome: to_answer(row, outcome, self.config))
 
 
 def run(config: GenerateThoughtsConfig) -> Path:
@@ -90,6 +89,7 @@ def run(config: GenerateThoughtsConfig) -> Path:
 
     Raises DataError, TeacherError, StorageError or ResumeError before the first call; TeacherError also later, when no call can succeed. Finished rows stay.
     """
+    config = settle_key_file(config)
     source = resolve_input(config.thoughts or config.input_csv, config.storage_root)
     output = RowFile(resolve_output(config.output_jsonl, config.storage_root))
     rows = read_rows(source, config)
@@ -97,7 +97,7 @@ def run(config: GenerateThoughtsConfig) -> Path:
     identity = describe_requests(config, TEACHER_PROMPTS[config.prompt_name])
     record = start_run(manifest_beside(output.path), "thoughts", identity, config, [source], has_work=output.exists())
 
-    current = {row_key(row): row for row in rows}
+    current = index_rows(rows, source)
     answers = {key: row for key, row in output.read_finished().items() if key in current and is_about(row, current[key])}
     pending = [row for key, row in current.items() if key not in answers]
     print(f"thoughts: {len(rows)} rows, {len(rows) - len(pending)} finished already, {len(pending)} to ask {config.model} for", flush=True)
@@ -110,6 +110,7 @@ def run(config: GenerateThoughtsConfig) -> Path:
     output.finish(finished)
     record.finish(count_answers(finished))
     print(f"thoughts: {describe_counts(record.manifest['counts'])} -> {output.path}", flush=True)
+    refuse_failed(finished, "parse_status", "problem", output.path)
     return output.path
 
 

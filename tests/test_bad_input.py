@@ -154,5 +154,6 @@ def test_a_base_that_does_not_match_the_adapter_is_refused(tmp_path):
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": TINY_BASE}))
     card = {"base_model": "elsewhere", "base_fingerprint": "sampled:0123456789abcdef", "prompt_sha256": "0"}
     (adapter / "nli.json").write_text(json.dumps(card))
+    (adapter / "adapter_model.safetensors").write_bytes(b"never read")
     message = refuse(run_job("run_inference", "--model", str(adapter), "--results-dir", str(tmp_path / "results")))
     assert "the adapter was trained on elsewhere (sampled:0123456789abcdef), not on" in message

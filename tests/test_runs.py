@@ -151,3 +151,20 @@ def test_the_commit_tells_of_uncommitted_changes(tmp_path, monkeypatch):
     assert len(commit) == 40
     (tmp_path / "runs.py").write_text("changed")
     assert read_commit() == commit + "+changes"
+
+
+def test_an_output_without_its_manifest_is_refused(path):
+    with pytest.raises(ResumeError, match=r"manifest.json: missing, and the output that it belongs to is there"):
+        start(path, has_work=True)
+
+
+def test_two_processes_cannot_work_on_one_output(path):
+    from nli.runs import is_in_use
+
+    run = start(path)
+    assert is_in_use(path)
+    with pytest.raises(ResumeError, match=r"process \d+ on .* is at work on thoughts.jsonl; wait for it, or choose another output"):
+        start(path)
+    run.finish({})
+    assert not is_in_use(path)
+    assert start(path).was_finished

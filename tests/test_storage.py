@@ -198,7 +198,7 @@ def test_rows_are_kept_as_they_finish_and_put_in_order_at_the_end(here):
     rows.finish([example(0), example(1), example(2)])
     assert files_in(here / "out") == ["a.jsonl"]
     assert read_jsonl(rows.path, Example) == [example(0), example(1), example(2)]
-    assert list(rows.read_finished().values()) == [example(0), example(1), example(2)]
+    assert sorted(rows.read_finished().values(), key=lambda row: row["id"]) == [example(0), example(1), example(2)]
 
 
 def test_rows_of_the_output_and_of_an_interrupted_rerun_are_joined_and_the_later_one_counts(here):
@@ -245,3 +245,19 @@ def test_a_full_disk_while_appending_keeps_the_rows_before(here, monkeypatch):
             rows.append([example(1)])
     assert "0" in [row["id"] for row in rows.read_finished().values()]
     assert json.loads(rows.partial.read_text().splitlines()[0]) == example(0)
+
+
+def test_finished_rows_that_the_input_lacks_now_are_kept_and_found_again(tmp_path):
+    path = tmp_path / "thoughts.jsonl"
+    first = RowFile(path)
+    first.append([example(0), example(1), example(2)])
+    first.finish([example(0), example(1), example(2)])
+    fewer = RowFile(path)
+    assert len(fewer.read_finished()) == 3
+    fewer.finish([example(1)])
+    assert read_jsonl(path, Example) == [example(1)]
+    again = RowFile(path)
+    assert {row["id"] for row in again.read_finished().values()} == {"0", "1", "2"}
+    again.finish([example(0), example(1), example(2)])
+    assert read_jsonl(path, Example) == [example(0), example(1), example(2)]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thoughts.jsonl"]

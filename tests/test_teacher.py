@@ -11,6 +11,7 @@ import pytest
 from chat_server import KEY, Answer, with_server
 
 from nli import errors
+from nli.cluster import StoppedEarly
 from nli.errors import ConfigError, NLIError, TeacherError
 from nli.prompts import TEACHER_PROMPTS
 from nli.teacher import Teacher, TeacherConfig, check_teacher, describe_requests
@@ -44,7 +45,7 @@ def ask(*answers, rows=(ROW,), base_url=None, prompt=PROMPT, **settings):
         config = TeacherConfig(base_url=base_url or server.base_url, **settings)
         teacher = Teacher(config, prompt, KEY)
         try:
-            return await teacher.ask_all(list(rows)), server
+            return await teacher.ask_all(list(rows), lambda _row, outcome: outcome), server
         finally:
             await teacher._client.close()
 
@@ -125,7 +126,7 @@ def test_a_server_that_never_answers_is_a_row_with_its_reason(waits):
 
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_refused_key_or_an_unknown_model_ends_the_run_at_the_first_call(waits, status):
-    with pytest.raises(TeacherError, match=f"HTTP {status}") as caught:
+    with pytest.raises(StoppedEarly, match=f"HTTP {status}") as caught:
         ask(Answer(status=status, body='{"message": "no"}'))
     assert KEY not in "".join(traceback.format_exception(caught.value))
     assert waits == []
@@ -134,7 +135,7 @@ def test_a_refused_key_or_an_unknown_model_ends_the_run_at_the_first_call(waits,
 def test_an_unreachable_server_ends_the_run_after_the_last_try(waits):
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
-        with pytest.raises(TeacherError, match=r"no connection to .* in 3 tries\. Check --base-url and the network; finished rows are kept") as caught:
+        with pytest.raises(StoppedEarly, match=r"no connection to .* in 3 tries\. Check --base-url and the network; finished rows are kept") as caught:
             ask(Answer(), base_url=f"http://127.0.0.1:{reserved.getsockname()[1]}", max_attempts=3)
     assert KEY not in "".join(traceback.format_exception(caught.value))
     assert len(waits) == 2
@@ -234,14 +235,15 @@ def test_settings_out_of_range_are_refused(values):
 
 def test_an_output_s_identity_holds_what_decides_the_answers_and_no_key():
     identity = describe_requests(TeacherConfig(), PROMPT)
-    assert identity == describe_requests(TeacherConfig(workers=9, requests_per_minute=5, timeout_seconds=1, max_attempts=1, max_rows=3), PROMPT)
+    assert identity == describe_requests(
+        TeacherConfig(workers=9, requests_per_minute=5, timeout_seconds=1, max_attempts=1, max_rows=3, base_url="http://x"), PROMPT
+    )
     for change in (
         {"model": "x"},
         {"temperature": 0.1},
         {"max_tokens": 9},
         {"random_seed": 1},
         {"response_format": "text"},
-        {"base_url": "http://x"},
         {"repair_invalid": False},
     ):
         assert describe_requests(TeacherConfig(**change), PROMPT) != identity
@@ -255,3 +257,19 @@ def test_every_error_of_ours_travels_between_processes():
     for kind in kinds:
         copy = pickle.loads(pickle.dumps(kind("where: what. How to cure it.")))
         assert (type(copy), str(copy)) == (kind, "where: what. How to cure it.")
+
+
+def test_the_rows_that_were_answered_before_a_key_is_refused_are_handed_over():
+    rows = [ROW | {"id": "0"}, ROW | {"id": "1"}]
+    with pytest.raises(StoppedEarly) as caught:
+        ask(Answer(text=GOOD), Answer(status=401), rows=rows, max_in_flight=1)
+    assert len(caught.value.rows) == 1 and caught.value.rows[0].status == "ok"
+    assert isinstance(caught.value.error, TeacherError)
+
+
+def test_a_server_that_refuses_every_request_ends_the_run_and_one_that_answers_does_not():
+    rows = [ROW | {"id": str(index)} for index in range(30)]
+    with pytest.raises(StoppedEarly, match="the first 20 requests were all refused, the last with: HTTP 422"):
+        ask(*[Answer(status=422)] * 30, rows=rows, max_in_flight=1)
+    outcomes, _ = ask(Answer(text=GOOD), *[Answer(status=422)] * 29, rows=rows, max_in_flight=1)
+    assert [outcome.status for outcome in outcomes] == ["ok"] + ["request_failed"] * 29
