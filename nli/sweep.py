@@ -114,10 +114,10 @@ def run(config: SweepConfig) -> Path:
     output = resolve_output(config.output_dir, config.storage_root)
     plans = {name: plan_fit(train) for name, train in list_trials(config).items()}
     identity = {"trials": {name: plan.identity for name, plan in plans.items()}, "scheduler": config.scheduler}
-    inputs = sorted({path for plan in plans.values() for path in plan.inputs})
-    record = start_run(output / "manifest.json", "sweep", identity, config, inputs, has_work=any(has_work(folder) for folder in output.glob("*/")))
     for plan in plans.values():
         check_folder(plan)
+    inputs = sorted({path for plan in plans.values() for path in plan.inputs})
+    record = start_run(output / "manifest.json", "sweep", identity, config, inputs, has_work=any(has_work(folder) for folder in output.glob("*/")))
     outcomes = {name: describe_trial(name, plan) for name, plan in plans.items()}
     pending = {name: plan for name, plan in plans.items() if outcomes[name]["status"] == "unfinished"}
     num_stopped = sum(trial["status"] == "stopped" for trial in outcomes.values())
