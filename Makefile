@@ -19,7 +19,7 @@ PYTEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
-	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0 $(BIN)/python -m nli.sample.server --port $(PORT) -- \
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0 RAY_DEDUP_LOGS=0 $(BIN)/python -m nli.sample.server --port $(PORT) -- \
 	$(BIN)/python -m ray_jobs.pipeline --config configs/demo/pipeline.py --base-url http://127.0.0.1:$(PORT)
 
 install: .venv/.installed
