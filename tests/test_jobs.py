@@ -36,7 +36,9 @@ class Head:
     def __init__(self, folder: Path) -> None:
         gcs, dashboard, client, agent, agent_grpc = free_ports(5)
         self.address = f"http://127.0.0.1:{dashboard}"
-        self.environment = os.environ | {"RAY_AUTH_MODE": "disabled", "MISTRAL_API_KEY": "test-key-of-no-account"}
+        # A job's `python` is the one on the head's path.
+        path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+        self.environment = os.environ | {"PATH": path, "RAY_AUTH_MODE": "disabled", "MISTRAL_API_KEY": "test-key-of-no-account"}
         self.log = (folder / "head.log").open("wb")
         command = [
             *(BIN / "ray", "start", "--head", "--block", "--num-cpus=4", "--disable-usage-stats", "--node-ip-address=127.0.0.1", f"--port={gcs}"),
