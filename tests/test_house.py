@@ -15,8 +15,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 BANDS = {
-    "words": {"errors", "prompts", "parsing", "records"},
-    "workbench": {"config", "storage", "examples", "runs", "cluster", "metrics", "chat_api", "ledger", "limiter", "teacher", "report"},
+    "words": {"errors", "prompts", "parsing", "records", "leaks"},
+    "workbench": {
+        *("config", "storage", "examples", "runs", "cluster", "metrics", "report"),
+        *("chat_api", "ledger", "limiter", "teacher", "prices", "token_counts"),
+    },
     "model": {"tokenization", "model", "checkpoints", "engines", "preflight"},
     "stages": {"thoughts", "reflections", "sft_data", "sft", "sweep", "inference", "evaluation", "pipeline"},
 }
