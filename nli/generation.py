@@ -31,7 +31,7 @@ from nli.prompts import TEACHER_PROMPTS, Prompt
 from nli.runs import manifest_beside, start_run
 from nli.services import LedgerClient, LimiterClient, post_to_actor, start_ledger_service, start_limiter_service, sync_with_actor
 from nli.storage import dump_line, resolve_output, write_atomic
-from nli.teacher import Outcome, Teacher, TeacherConfig, check_teacher, describe_requests, first_key, read_outcome, settle_key_file
+from nli.teacher import Outcome, Teacher, TeacherConfig, check_teacher, describe_requests, first_key, read_outcomes, settle_key_file
 from nli.worklist import Worklist
 
 MOST_FAILED_SHARE = 0.05  # of a file's rows, beyond which the stage ends in an error
@@ -141,21 +141,7 @@ def _finds_done(work: Generation, folder: Path) -> Callable[[list[bytes]], set[b
     if not (folder / "ledger.sqlite").exists():
         return lambda keys: set()
     reader = LedgerReader(folder)
-    return lambda keys: {key for key, (_, is_complete) in _read_outcomes(work, reader, keys).items() if is_complete}
-
-
-def _read_outcomes(work: Generation, reader: LedgerReader, keys: list[bytes]) -> dict[bytes, tuple[Outcome, bool]]:
-    """The outcome of each key's row, and whether no call could better it by the rules of the config."""
-    firsts = reader.read_entries(keys)
-    repairs = reader.read_entries([repair for _, repair, _ in firsts.values() if repair is not None])
-    outcomes = {}
-    for key in keys:
-        first, repair_key, is_settled = firsts.get(key, (None, None, False))
-        repair = repairs[repair_key][0] if repair_key in repairs else None
-        outcome = read_outcome(work.prompt, first, repair)
-        is_complete = outcome.num_replies == 2 or (outcome.num_replies == 1 and (is_settled or outcome.fields is not None or not work.config.repair_invalid))
-        outcomes[key] = outcome, is_complete
-    return outcomes
+    return lambda keys: {key for key, (_, is_complete) in read_outcomes(work.prompt, reader, keys, work.config.repair_invalid).items() if is_complete}
 
 
 def _write_output(work: Generation, ledger: Ledger, folder: Path, worklist: Worklist) -> Counter:
@@ -168,7 +154,7 @@ def _write_output(work: Generation, ledger: Ledger, folder: Path, worklist: Work
         bad = aside.with_name(aside.name + ".dead")
         with open(aside, "w", encoding="utf-8", newline="\n") as file, open(bad, "w", encoding="utf-8", newline="\n") as bad_file:
             for chunk in worklist.iterate():
-                outcomes = _read_outcomes(work, reader, list({key for _, key in chunk}))
+                outcomes = read_outcomes(work.prompt, reader, list({key for _, key in chunk}), work.config.repair_invalid)
                 ledger.settle([key for key, (_, is_complete) in outcomes.items() if is_complete])
                 for row, key in chunk:
                     made = work.build_row(row, outcomes[key][0])

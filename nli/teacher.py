@@ -10,10 +10,11 @@ reply that cannot be read is asked for once more, with the fault named; what sti
 """
 
 import asyncio
+import contextlib
 import os
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Literal
 
@@ -22,7 +23,7 @@ from pydantic import Field
 from nli.chat_api import KEY_VARIABLE, NO_KEY, CallFailed, ChatClient, Reply, Unreachable, chat_url, read_api_key, read_reply
 from nli.config import Count, CountOrZero, NonNegative, Positive, config_class
 from nli.errors import ConfigError, TeacherError
-from nli.ledger import Entry, encode_body, request_key
+from nli.ledger import Entry, LedgerReader, encode_body, request_key
 from nli.limiter import Ended, Limits
 from nli.parsing import Parsed, ParseStatus, parse_reply
 from nli.prices import Price, find_price, require_price
@@ -214,6 +215,23 @@ def read_outcome(prompt: Prompt, first: Entry | None, repair: Entry | None) -> O
     )
 
 
+def read_outcomes(prompt: Prompt, reader: LedgerReader, keys: Sequence[bytes], repair_invalid: bool = True) -> dict[bytes, tuple[Outcome, bool]]:
+    """The outcome of each first request's row, and whether it is complete: a later run has nothing to ask for it.
+
+    A repair that no reply came to leaves a row incomplete; a reply that was judged when its run ended does not, whatever the parser says of it now.
+    """
+    firsts = reader.read_entries(keys)
+    repairs = reader.read_entries([repair for _, repair, _ in firsts.values() if repair is not None])
+    outcomes = {}
+    for key in keys:
+        first, repair_key, is_settled = firsts.get(key, (None, None, False))
+        repair = repairs[repair_key][0] if repair_key in repairs else None
+        outcome = read_outcome(prompt, first, repair)
+        is_first_enough = outcome.num_replies == 1 and (is_settled or outcome.fields is not None or not repair_invalid)
+        outcomes[key] = outcome, is_first_enough or outcome.num_replies == 2
+    return outcomes
+
+
 @dataclass
 class Tally:
     """What one worker did with its rows, for the console; the ledger's sums are the ones that count."""
@@ -244,6 +262,7 @@ class Teacher:
         self._limiter = limiter
         self._in_flight = asyncio.Semaphore(config.max_in_flight)
         self._random = random.Random()
+        self._open: dict[bytes, asyncio.Event] = {}
         self._num_refused = 0
         self._was_answered = False
         self._counter = load_token_counter(config.model, config.tokenizer) if config.tokens_per_minute else None
@@ -287,7 +306,7 @@ class Teacher:
         """(key, reply or None, whether it is settled) of one request, which is sent only if the ledger has no reply."""
         body = build_body(self.config, self.prompt, messages)
         key = request_key(self._url, body, self.config.sample_index)
-        async with self._in_flight:
+        async with self._in_flight, self._alone(key):
             while True:
                 answer = await self._ledger.call("claim", key, self.run, self.config.ambiguous, parent)
                 if answer[0] == "done":
@@ -299,6 +318,17 @@ class Teacher:
                     if data != b"":
                         return key, data, False
                 await asyncio.sleep(1.0)  # another worker is at it, or has just taken it over
+
+    @contextlib.asynccontextmanager
+    async def _alone(self, key: bytes) -> AsyncIterator[None]:
+        """One at a time for each key: to the ledger, two tasks of one worker are the same owner."""
+        while key in self._open:
+            await self._open[key].wait()
+        self._open[key] = asyncio.Event()
+        try:
+            yield
+        finally:
+            self._open.pop(key).set()
 
     async def _send_until_answered(self, key: bytes, body: bytes, num_sends: int, messages: Sequence[Mapping]) -> bytes | None:
         """The reply after as many tries as the config allows; None when they all failed, b'' when the request became another worker's."""
