@@ -129,9 +129,9 @@ class ChatClient:
             self._session = aiohttp.ClientSession(headers=self._headers, timeout=self._timeout, connector=connector)
         try:
             async with self._session.post(self._url, data=body) as response:
-                data = await response.read()
+                data = self._hide_key(await response.read())
                 if response.status != 200:
-                    raise _failure(self._url, response.status, response.headers.get("Retry-After"), self._hide_key(data))
+                    raise _failure(self._url, response.status, response.headers.get("Retry-After"), data)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             cause = getattr(error, "os_error", None)
             raise Unreachable(f"no connection to {self._url} ({getattr(cause, 'strerror', None) or cause or 'timeout'})") from None

@@ -16,10 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 BANDS = {
     "words": {"errors", "prompts", "parsing", "records", "leaks"},
-    "workbench": {
-        *("config", "storage", "examples", "runs", "cluster", "metrics", "report"),
-        *("chat_api", "ledger", "limiter", "teacher", "prices", "token_counts"),
-    },
+    "workbench": {"config", "storage", "examples", "runs", "cluster", "metrics", "chat_api", "ledger", "limiter", "services", "worklist", "prices"}
+    | {"token_counts", "teacher", "progress", "estimates", "generation", "batch_api", "report", "figures"},
     "model": {"tokenization", "model", "checkpoints", "engines", "preflight"},
     "stages": {"thoughts", "reflections", "sft_data", "sft", "sweep", "inference", "evaluation", "pipeline"},
 }
