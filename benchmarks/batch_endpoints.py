@@ -1,6 +1,6 @@
 """Files and batch jobs of the benchmark's teacher, in the wire format that mistralai 3.7 speaks. Both outlive the clients that made them.
 
-    POST /v1/files                       multipart: purpose=batch, file=@requests.jsonl  ->  {"id": "file-1", "bytes": 612, "num_lines": 3, …}
+    POST /v1/files                       multipart: purpose=batch, file=@requests.jsonl  ->  {"id": "file-1", "num_lines": 3, …}
         {"custom_id": "3f…", "body": {"messages": [...], "max_tokens": 1024}}            one request a line
     POST /v1/batch/jobs                  {"endpoint", "input_files": ["file-1"], "model", "metadata", "timeout_hours"}  ->  {"id": "job-1", "status": "QUEUED", …}
     GET  /v1/batch/jobs/job-1            QUEUED, then RUNNING, then how it ends: a job is looked at `polls` times before it has ended
