@@ -12,14 +12,18 @@ import io
 import json
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from nli.errors import DataError, ResumeError
 from nli.runs import read_manifest
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b0508f", "#3d3d3d", "#4a9fd8", "#c48a00", "#6f52a8")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
@@ -51,19 +55,9 @@ def render_table(evaluation: Mapping) -> str:
 
 def render_report(evaluation: Mapping, extra_sections: Iterable[Mapping] = ()) -> str:
     """The HTML page. An extra section is {"title", "note" (may be missing), and "rows" (a list of objects, shown as a table) or "html" (put in as it is)}."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "share": format_share,
-        "signed": format_signed,
-        "p": format_p,
-        "percent": format_percent,
-        "count": format_count,
-        "cell": format_cell,
-        "label": format_label,
-    }
-    template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
     names = [row["run"] for row in evaluation["runs"]]
-    return template.render(
+    return render_page(
+        "report.html.j2",
         evaluation=evaluation,
         interval=format_interval,
         scored=is_scored(evaluation),
@@ -73,6 +67,22 @@ def render_report(evaluation: Mapping, extra_sections: Iterable[Mapping] = ()) -
         slices=group_slices(evaluation),
         sections=[read_section(section) for section in extra_sections],
     )
+
+
+def render_page(template: str, **values: object) -> str:
+    """A template of this folder with the report's formats; all text from data is escaped."""
+    loader = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "share": format_share,
+        "signed": format_signed,
+        "p": format_p,
+        "percent": format_percent,
+        "count": format_count,
+        "cell": format_cell,
+        "label": format_label,
+    }
+    return environment.get_template(template).render(**values)
 
 
 def summarise(evaluation: Mapping) -> list[str]:
@@ -145,16 +155,12 @@ def draw_slices(rows: Sequence[Mapping], names: Sequence[str], left: float) -> M
 
 def draw_intervals(lines: Sequence[tuple[str, Sequence[tuple[int, float, float, float, bool]]]], title: str, left: float, width: float, line: float) -> Markup:
     """An SVG of labelled lines from top to bottom; each holds marks (number of the run, value, low, high, hollow). Sizes in inches."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     gap = 1.2 if max((len(marks) for _, marks in lines), default=1) > 1 else 0.0  # in marks, between two lines
     total = sum(len(marks) + gap for _, marks in lines)
     margin_left, margin_bottom = 1.75, 0.48
     height = max(total, 1) * line + margin_bottom + 0.08
-    settings = {"svg.fonttype": "none", "svg.hashsalt": f"{title}{lines}", "text.parse_math": False, "font.size": 9.5}
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(width, height))
+
+    def paint(figure: "Figure") -> None:
         axes = figure.add_axes((margin_left / width, margin_bottom / height, 1 - (margin_left + 0.15) / width, 1 - (margin_bottom + 0.08) / height))
         ticks, y = [], 0.0
         for number, (_, marks) in enumerate(lines):
@@ -177,6 +183,18 @@ def draw_intervals(lines: Sequence[tuple[str, Sequence[tuple[int, float, float, 
         axes.set_axisbelow(True)
         for side in axes.spines.values():
             side.set_visible(False)
+
+    return draw_svg(width, height, title, f"{title}{lines}", paint)
+
+
+def draw_svg(width: float, height: float, label: str, salt: str, paint: Callable[["Figure"], None]) -> Markup:
+    """A figure of so many inches as inline SVG; `salt` keeps its inner names apart from those of the page's other figures."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False, "font.size": 9.5}):
+        figure = Figure(figsize=(width, height))
+        paint(figure)
         buffer = io.StringIO()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing")  # the text is drawn by the browser, in its own fonts
@@ -184,7 +202,7 @@ def draw_intervals(lines: Sequence[tuple[str, Sequence[tuple[int, float, float, 
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     # The viewBox gives the proportions; the page's style gives the width.
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 role="img" aria-label="{title}"', svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 role="img" aria-label="{label}"', svg, count=1)
     return Markup(re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1))
 
 
