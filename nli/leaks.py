@@ -18,7 +18,10 @@ _EARLIER = r"(?:initial|original|earlier|previous|prior|wrong|incorrect|flawed)"
 _ITS = r"(?:the|my|this|that|their|an?)"
 _WE_ARE = r"\b(?:we|I|you) (?:are|am|were|was|have been|had been)(?: already| also)?"
 _CONCLUSION_NOUN = r"(?:attempt|answer|judge?ment|analysis|conclusion)"
-_FAULT = r"(?:is|was|were|had|did|overlook\w*|miss(?:ed|es)|fail(?:ed|s)|assume[ds]|ignore[ds]|incorrectly|wrongly|mistakenly|reached|claim(?:ed|s)|said|says|concluded)"
+_FAULT = (
+    r"(?:is|was|were|had|did|overlook\w*|miss(?:ed|es)|fail(?:ed|s)|assume[ds]|ignore[ds]"
+    r"|incorrectly|wrongly|mistakenly|reached|claim(?:ed|s)|said|says|concluded)"
+)
 
 _TELLING = [
     # names of what only the prompt shows

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BANDS = {
     "words": {"errors", "prompts", "parsing", "records", "leaks"},
     "workbench": {
-        *("config", "storage", "examples", "runs", "cluster", "metrics", "report"),
+        *("config", "storage", "examples", "runs", "cluster", "metrics", "figures", "report"),
         *("chat_api", "ledger", "limiter", "teacher", "prices", "token_counts"),
     },
     "model": {"tokenization", "model", "checkpoints", "engines", "preflight"},
