@@ -1,7 +1,7 @@
 """The pictures of the reports: SVG text from matplotlib, to stand inside an HTML page.
 
 In:   draw_intervals([("reflected", [(0, 0.94, 0.91, 0.96, False)])], "accuracy", left=0.9, width=8.6, line=0.34)
-Out:  '<svg role="img" aria-label="accuracy" viewBox="0 0 619 65" …>…</svg>': one line with a mark at 0.94 and its interval
+Out:  '<svg role="img" aria-label="accuracy" viewBox="0 0 619.2 64.8" …>…</svg>': one line with a mark at 0.94 and its interval
 """
 
 import io
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b0508f", "#3d3d3d", "#4a9fd8", "#c48a00", "#6f52a8")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+"""one fewer than colours, so that 56 runs differ in one or the other"""
 
 
 def draw_intervals(lines: Sequence[tuple[str, Sequence[tuple[int, float, float, float, bool]]]], title: str, left: float, width: float, line: float) -> Markup:

@@ -20,7 +20,7 @@ from nli.figures import COLOURS, draw_intervals
 from nli.runs import read_manifest
 
 GLYPHS = "●■◆▲▼✚✖"
-"""the same marks as characters; one fewer than colours, so that 56 runs differ in one or the other"""
+"""the marks of nli.figures as characters"""
 NONE = "–"
 
 

@@ -17,11 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 BANDS = {
     "words": {"errors", "prompts", "parsing", "records", "leaks"},
     "workbench": {
-        *("config", "storage", "examples", "runs", "cluster", "metrics", "figures", "report"),
+        *("config", "storage", "examples", "runs", "cluster", "metrics", "figures", "report", "row_checks", "check_report"),
         *("chat_api", "ledger", "limiter", "teacher", "prices", "token_counts"),
     },
     "model": {"tokenization", "model", "checkpoints", "engines", "preflight"},
-    "stages": {"thoughts", "reflections", "sft_data", "sft", "sweep", "inference", "evaluation", "pipeline"},
+    "stages": {"thoughts", "reflections", "sft_data", "sft", "sweep", "inference", "evaluation", "data_checks", "pipeline"},
 }
 ORDER = list(BANDS)
 HEAVY = {"ray", "torch", "transformers", "vllm", "trl", "peft", "datasets", "bitsandbytes", "accelerate", "deepspeed"}
