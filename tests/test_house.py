@@ -18,12 +18,8 @@ BANDS = {
     "words": {"errors", "prompts", "parsing", "records", "leaks"},
     "workbench": {
         *("config", "storage", "examples", "runs", "cluster", "metrics", "figures", "report", "row_checks", "check_report"),
-<<<<<<< HEAD
         *("chat_api", "ledger", "limiter", "services", "worklist", "prices", "token_counts"),
         *("teacher", "progress", "estimates", "generation", "batch_api"),
-=======
-        *("chat_api", "ledger", "limiter", "teacher", "prices", "token_counts"),
->>>>>>> data
     },
     "model": {"tokenization", "model", "checkpoints", "engines", "preflight"},
     "stages": {"thoughts", "reflections", "sft_data", "sft", "sweep", "inference", "evaluation", "data_checks", "pipeline"},
