@@ -2,7 +2,7 @@
 
     POST /v1/files                       multipart: purpose=batch, file=@requests.jsonl  ->  {"id": "file-1", "num_lines": 3, …}
         {"custom_id": "3f…", "body": {"messages": [...], "max_tokens": 1024}}            one request a line
-    POST /v1/batch/jobs                  {"endpoint", "input_files": ["file-1"], "model", "metadata", "timeout_hours"}  ->  {"id": "job-1", "status": "QUEUED", …}
+    POST /v1/batch/jobs                  {"endpoint", "input_files": ["file-1"], "model", "metadata", …}  ->  {"id": "job-1", "status": "QUEUED", …}
     GET  /v1/batch/jobs/job-1            QUEUED, then RUNNING, then how it ends: a job is looked at `polls` times before it has ended
     GET  /v1/files/file-2/content        {"id": "batch-job-1-0", "custom_id": "3f…", "response": {"status_code": 200, "body": {…completion…}}, "error": null}
 
