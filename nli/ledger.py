@@ -94,7 +94,7 @@ def encode_body(body: Mapping) -> bytes:
     return json.dumps(body, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _connect(path: Path, read_only: bool = False) -> sqlite3.Connection:
+def connect(path: Path, read_only: bool = False) -> sqlite3.Connection:
     try:
         uri = f"{path.as_uri()}{'?mode=ro' if read_only else ''}"
         connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=30)
@@ -120,7 +120,7 @@ class Ledger:
             self._lock = _lock_for_host(folder)
         except OSError as error:
             raise StorageError(f"{folder}: the ledger cannot be kept there ({error.strerror}).") from None
-        self._db = _connect(self.path)
+        self._db = connect(self.path)
         try:
             with _Transaction(self._db):
                 for statement in _SCHEMA.split(";"):
@@ -315,7 +315,7 @@ class LedgerReader:
         self.path = folder / "ledger.sqlite"
         if not self.path.exists():
             raise StorageError(f"{self.path}: no ledger there.")
-        self._db = _connect(self.path)  # a reader of a WAL database needs to write its -shm file
+        self._db = connect(self.path)  # a reader of a WAL database needs to write its -shm file
         self._db.execute("PRAGMA query_only=ON")
 
     def close(self) -> None:

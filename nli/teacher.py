@@ -60,6 +60,12 @@ class TeacherConfig:
     """how the server is told to answer in JSON: by the reply's schema, as any JSON object, or only by the prompt"""
     mode: Literal["online", "batch"] = "online"
     """one call for each request, or the server's Batch API: half the price, and hours instead of minutes"""
+    batch_max_requests: Count = 100_000
+    """most requests in one batch job; the vendor's documented limit is 100,000"""
+    batch_timeout_hours: Count = 24
+    """hours after which the server ends a batch job that is not done"""
+    batch_poll_seconds: Positive = 60
+    """longest wait between two looks at a batch job"""
     workers: Count = 4
     """actors that send requests"""
     requests_per_minute: NonNegative = 0
