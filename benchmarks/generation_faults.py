@@ -244,11 +244,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=300)
     arguments = parser.parse_args()
     results = []
-    with two_nodes() as nodes, tempfile.TemporaryDirectory(prefix="nli-faults-") as folder:
-        with undisturbed(nodes, Path(folder), arguments.rows) as (server, pairs, expected):
-            for seed in range(arguments.first, arguments.first + arguments.seeds):
-                results.append(run_seed(seed, nodes, Path(folder), server, pairs, expected))
-                print(json.dumps(results[-1].__dict__ | {"bound": results[-1].bound, "holds": results[-1].holds}), flush=True)
+    with (
+        two_nodes() as nodes,
+        tempfile.TemporaryDirectory(prefix="nli-faults-") as folder,
+        undisturbed(nodes, Path(folder), arguments.rows) as (server, pairs, expected),
+    ):
+        for seed in range(arguments.first, arguments.first + arguments.seeds):
+            results.append(run_seed(seed, nodes, Path(folder), server, pairs, expected))
+            print(json.dumps(results[-1].__dict__ | {"bound": results[-1].bound, "holds": results[-1].holds}), flush=True)
     print(describe(results))
     sys.exit(0 if all(result.holds for result in results) else 1)
 

@@ -36,8 +36,9 @@ FREE_SECONDS = 1.0  # how long a worker takes "no limit" for granted
 class Gatherer:
     """Collects items while the last flush runs, then flushes them together: one flush at a time, on one event loop."""
 
-    def __init__(self, flush: Callable[[list], Awaitable[list]]) -> None:
+    def __init__(self, flush: Callable[[list], Awaitable[list]], gather_seconds: float = GATHER_SECONDS) -> None:
         self._flush = flush
+        self._gather_seconds = gather_seconds
         self._waiting: list[tuple[object, asyncio.Future]] = []
         self._task: asyncio.Task | None = None
 
@@ -52,7 +53,7 @@ class Gatherer:
 
     async def _run(self) -> None:
         while self._waiting:
-            await asyncio.sleep(GATHER_SECONDS)
+            await asyncio.sleep(self._gather_seconds)
             taken, self._waiting = self._waiting, []
             try:
                 answers = await self._flush([item for item, _ in taken])
@@ -72,7 +73,7 @@ class GroupCommit:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
-        self._gatherer = Gatherer(self._commit)
+        self._gatherer = Gatherer(self._commit, gather_seconds=0)  # what workers post has been gathered already
 
     async def post(self, owner: str, operations: Sequence[Operation]) -> list[tuple]:
         """The answers to an owner's operations; they are on disk when it returns."""
