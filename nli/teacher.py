@@ -339,8 +339,11 @@ class Teacher:
         attempt, n = 1, num_sends + 1
         while True:
             number = await self._limiter.acquire(likely_most)
-            sent_at = time.monotonic()
-            answer = await self._ledger.call("send", key, n, reserve)
+            try:
+                answer = await self._ledger.call("send", key, n, reserve)
+            except BaseException:
+                self._limiter.end(Ended(number, 0, "unknown"))
+                raise
             if answer[0] != "go":
                 self._limiter.end(Ended(number, 0, "unknown"))
                 if answer[0] == "full":
@@ -348,6 +351,8 @@ class Teacher:
                     continue
                 await self._stop_if_no_call_may_go(answer)
                 return b""
+            number = await self._limiter.renew(number, likely_most)  # the ledger may have been away
+            sent_at = time.monotonic()
             self.tally.calls += 1
             try:
                 data = await self._client.complete(body)
@@ -361,6 +366,9 @@ class Teacher:
                 used = likely_most if error.is_ambiguous else 0
                 ending = "limited" if error.kind == "http_429" else "failed" if error.retryable else "refused"
                 self._limiter.end(Ended(number, used, ending, time.monotonic() - sent_at, error.retry_after or 0.0))
+            except BaseException:
+                self._limiter.end(Ended(number, likely_most, "unknown"))
+                raise
             else:
                 reply = read_reply(data)
                 num_prompt, num_completion = reply.num_prompt_tokens, reply.num_completion_tokens
