@@ -144,6 +144,7 @@ class LimiterClient:
         self._ended_alone: list[Ended] = []  # the same for the local share
         self._held: dict[int, tuple[int, float]] = {}  # grants that have not ended: (most tokens, when the call may go out)
         self._num_free = 0  # calls under way without grant
+        self._is_thought_busy = False  # by the limiter, which must hear that the last call has ended
         self._free_until = 0.0
         self._wake = asyncio.Event()
         self._task: asyncio.Task | None = None
@@ -197,7 +198,7 @@ class LimiterClient:
 
     async def _run(self) -> None:
         try:
-            while self._wants or self._ended or self._held or self._num_free:
+            while self._wants or self._ended or self._held or self._num_free or self._is_thought_busy:
                 wait = await self._step()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), wait)
@@ -214,6 +215,7 @@ class LimiterClient:
         """Ask once; returns how many seconds to wait before the next time."""
         self._wake.clear()
         self._wants = deque(want for want in self._wants if not want[1].done())
+        self._is_thought_busy = bool(self._wants or self._held or self._num_free)
         asked_at = self._clock()
         grants = await self._ask([tokens for tokens, _ in list(self._wants)[:MOST_WANTS]])
         self.failing_seconds = grants.failing_seconds
@@ -343,7 +345,7 @@ class _Service:
 class LedgerService(_Service):
     """Ray actor on the machine where the ledger lies."""
 
-    def __init__(self, folder: str, idle_seconds: float = IDLE_SECONDS) -> None:
+    def __init__(self, folder: str, idle_seconds: float) -> None:
         super().__init__(idle_seconds)
         self._commits = GroupCommit(Ledger(Path(folder)))
 
@@ -366,13 +368,14 @@ class LedgerService(_Service):
 class LimiterService(_Service):
     """Ray actor for one account: one server and one key."""
 
-    def __init__(self, limits: Limits, idle_seconds: float = IDLE_SECONDS) -> None:
+    def __init__(self, limits: Limits, idle_seconds: float) -> None:
         import ray
 
         super().__init__(idle_seconds)
         with warnings.catch_warnings(action="ignore"):  # of a deprecated call inside Ray's own property
             follows_another = ray.get_runtime_context().was_current_actor_reconstructed
-        self._limiter = AccountLimiter(limits, hold_off_seconds=HOLD_OFF_SECONDS if follows_another else 0.0)
+        self._hold_off = HOLD_OFF_SECONDS if follows_another else 0.0
+        self._limiter = AccountLimiter(limits, hold_off_seconds=self._hold_off)
         self._version = 0.0
 
     async def sync(
@@ -380,6 +383,8 @@ class LimiterService(_Service):
     ) -> tuple[Grants, float, Limits]:
         """`AccountLimiter.sync`, and the limits in force with their version. A worker that knows newer ones (this actor may be a new one) brings them."""
         self._note_call()
+        if version > self._version and self._hold_off and not self._version:  # those of the one before were not those it was made with
+            self._limiter = AccountLimiter(limits, hold_off_seconds=self._hold_off)
         if version > self._version:
             self._version, self._limiter.limits = version, limits
         return self._limiter.sync(worker, wants, ended, held, num_free, num_unseen), self._version, self._limiter.limits
@@ -413,7 +418,7 @@ def start_ledger_service(folder: Path):
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"name": f"ledger:{folder}", "scheduling_strategy": here, "max_task_retries": -1}
-    return _start(lambda: ray.remote(LedgerService).options(**options, **_shared_options()).remote(str(folder)), f"the ledger in {folder}")
+    return _start(lambda: ray.remote(LedgerService).options(**options, **_shared_options()).remote(str(folder), IDLE_SECONDS), f"the ledger in {folder}")
 
 
 def start_limiter_service(base_url: str, api_key: str, limits: Limits):
@@ -421,7 +426,7 @@ def start_limiter_service(base_url: str, api_key: str, limits: Limits):
     import ray
 
     options = {"name": account_name(base_url, api_key), "max_task_retries": 0}
-    return _start(lambda: ray.remote(LimiterService).options(**options, **_shared_options()).remote(limits), f"the limiter of {base_url}")
+    return _start(lambda: ray.remote(LimiterService).options(**options, **_shared_options()).remote(limits, IDLE_SECONDS), f"the limiter of {base_url}")
 
 
 def _start(create: Callable[[], object], what: str):

@@ -33,7 +33,7 @@ def names() -> set[str]:
     return {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == services.NAMESPACE}
 
 
-def wait_until(is_so, seconds=60.0) -> None:
+def wait_until(is_so, seconds=30.0) -> None:
     until = time.monotonic() + seconds
     while not is_so():
         assert time.monotonic() < until
@@ -159,8 +159,7 @@ def test_a_limiter_is_one_for_an_account_and_workers_go_on_when_it_is_killed(lim
 def test_actors_end_when_nobody_calls_them_and_a_later_job_gets_new_ones(tmp_path, monkeypatch):
     import ray
 
-    monkeypatch.setattr(services.LedgerService.__init__, "__defaults__", (3.0,))
-    monkeypatch.setattr(services.LimiterService.__init__, "__defaults__", (3.0,))
+    monkeypatch.setattr(services, "IDLE_SECONDS", 3.0)
     ledger, limiter = start_ledger_service(tmp_path), start_limiter_service("http://idle", "key", LIMITS)
     first = ray.get(ledger.process_id.remote())
     mine = {f"ledger:{tmp_path}", account_name("http://idle", "key")}
