@@ -71,6 +71,19 @@ def test_tokens_count_at_their_most_until_the_call_ends_and_then_for_a_minute_as
     assert len(limiter.sync("a", [701], []).numbers) == 1
 
 
+def test_tokens_are_spaced_by_what_a_call_is_expected_to_use_and_by_what_it_used_once_that_is_known(clock):
+    limiter = limiter_of(clock, tokens_per_minute=6050)  # a hundred tokens a second
+    (number,) = limiter.sync("a", [1000], []).numbers
+    assert limiter.sync("a", [1000], []).wait_seconds == pytest.approx(10)
+    clock.now += 1
+    assert limiter.sync("a", [1000], [ok(number, 300)]).wait_seconds == pytest.approx(2)
+    clock.now += 2
+    (number,) = limiter.sync("a", [1000], []).numbers
+    assert limiter.sync("a", [1000], []).wait_seconds == pytest.approx(3)  # what they use on average
+    clock.now += 1
+    assert limiter.sync("a", [1000], [ok(number, 900)]).wait_seconds == pytest.approx(8)
+
+
 def test_a_request_larger_than_the_token_limit_goes_when_nothing_else_counts(clock):
     limiter = limiter_of(clock, tokens_per_minute=100)
     (first,) = limiter.sync("a", [50], []).numbers

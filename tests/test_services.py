@@ -214,11 +214,11 @@ def test_without_limits_a_thousand_calls_take_a_few_syncs_and_the_loop_ends_with
         for _ in range(100):
             await asyncio.gather(*(call(client, 0.1) for _ in range(10)))
         await asyncio.sleep(2)
-        return len(limiter.syncs), client._task.done(), client._num_free
+        return len(limiter.syncs), client._task.done(), client._num_free, limiter.limiter.num_in_flight
 
-    num_syncs, is_done, num_free = simulate(run())
+    num_syncs, is_done, *under_way = simulate(run())
     assert num_syncs <= 25
-    assert (is_done, num_free) == (True, 0)
+    assert (is_done, under_way) == (True, [0, 0])
 
 
 def test_the_loop_lives_as_long_as_a_call_is_under_way_and_what_it_used_is_told():
