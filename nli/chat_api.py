@@ -176,9 +176,18 @@ def read_reply(data: bytes) -> Reply:
             text = "".join(chunk.get("text", "") for chunk in text if chunk.get("type") == "text")
         if text is not None and not isinstance(text, str):
             raise TypeError
-        return Reply(text or "", choice.get("finish_reason"), body.get("model", ""), usage.get("prompt_tokens"), usage.get("completion_tokens"))
+        return Reply(_mend(text or ""), choice.get("finish_reason"), body.get("model", ""), usage.get("prompt_tokens"), usage.get("completion_tokens"))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         raise CallFailed("the body of the reply is not a chat completion", "no_completion", retryable=True, is_ambiguous=True) from None
+
+
+def _mend(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair: JSON can escape one, and no file can hold it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 def _failure(url: str, status: int, retry_after: str | None, data: bytes) -> Exception:

@@ -18,19 +18,24 @@ import warnings
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
+from nli.chat_api import chat_url
 from nli.errors import NLIError, StorageError
 from nli.ledger import LEASE_SECONDS, Ledger, Operation
-from nli.limiter import LOOKAHEAD_SECONDS, AccountLimiter, Ended, Grants, Limits
+from nli.limiter import FREE_SECONDS, LOOKAHEAD_SECONDS, MARGIN_SECONDS, WINDOW_SECONDS, AccountLimiter, Ended, Grants, Limits
 
 NAMESPACE = "nli"
 GATHER_SECONDS = 0.003  # operations that come within so long are flushed together; the contract is at most 0.05
 IDLE_SECONDS = 120.0  # an actor that nobody has called for so long ends; longer than the limiter's window
 LEDGER_PATIENCE_SECONDS = 120.0
+START_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between tries to start an actor
 HOLD_OFF_SECONDS = 3.0  # a new limiter waits so long for workers to leave their local shares
-FREE_SECONDS = 1.0  # how long a worker takes "no limit" for granted
+SYNC_SECONDS = 5.0  # without answer for so long, the limiter is taken for dead
+STALE_SECONDS = 0.25  # by which a call may go out later than it was granted for; half of the limiter's margin
+MOST_WANTS = 64  # calls that a worker asks for at a time
 
 
 class Gatherer:
@@ -56,14 +61,14 @@ class Gatherer:
             await asyncio.sleep(self._gather_seconds)
             taken, self._waiting = self._waiting, []
             try:
-                answers = await self._flush([item for item, _ in taken])
+                answers = list(zip(taken, await self._flush([item for item, _ in taken]), strict=True))
             except Exception as error:  # every waiter learns of it
                 for _, future in taken:
-                    if not future.cancelled():
+                    if not future.done():
                         future.set_exception(error)
                 continue
-            for (_, future), answer in zip(taken, answers, strict=True):
-                if not future.cancelled():
+            for (_, future), answer in answers:
+                if not future.done():
                     future.set_result(answer)
 
 
@@ -111,24 +116,20 @@ class LedgerClient:
     async def _beat(self) -> None:
         while self._num_open:
             await asyncio.sleep(LEASE_SECONDS / 5)
-            with contextlib.suppress(NLIError):  # whoever needs the ledger meets the error
+            with contextlib.suppress(Exception):  # whoever needs the ledger meets the error; this goes on, since the worker lives
                 await self.call("beat")
+
+
+Sync = Callable[..., Awaitable[tuple[Grants, float, Limits]]]
 
 
 class LimiterClient:
     """One worker's way to the account's limiter. `sync` is an actor's; None for a limiter of this worker alone.
 
-    While `sync` fails, the worker keeps to 1/(2 x num_workers) of the limits by itself, and tries again every second.
+    While `sync` fails, the worker keeps to 1/(2 x num_workers) of the limits by itself, and looks every second whether the limiter is back.
     """
 
-    def __init__(
-        self,
-        sync: Callable[..., Awaitable[tuple[Grants, float, Limits]]] | None,
-        worker: str,
-        limits: Limits,
-        num_workers: int = 1,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, sync: Sync | None, worker: str, limits: Limits, num_workers: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
         self.worker = worker
         self.failing_seconds = 0.0
         self._sync = sync
@@ -136,36 +137,58 @@ class LimiterClient:
         self._num_workers = num_workers
         self._clock = clock
         self._own = None if sync else AccountLimiter(limits, clock)
-        self._try_again_at = 0.0
+        self._probe: asyncio.Task | None = None
+        self._probed_at = 0.0
+        self._let_go_alone: deque[float] = deque()  # when calls went out on the local share
         self._wants: deque[tuple[int, asyncio.Future]] = deque()
-        self._ended: list[Ended] = []
+        self._ended: deque[tuple[float, Ended]] = deque()  # that the limiter has not heard of, with when it was
+        self._ended_alone: list[Ended] = []  # the same for the local share
+        self._held: dict[int, tuple[int, float]] = {}  # grants that have not ended: (most tokens, when the call may go out)
+        self._num_free = 0  # calls under way without grant
+        self._is_thought_busy = False  # by the limiter, which must hear that the last call has ended
         self._free_until = 0.0
-        self._num_under_way = 0
         self._wake = asyncio.Event()
         self._task: asyncio.Task | None = None
 
     async def acquire(self, most_tokens: int) -> int:
         """Wait until a call of at most so many tokens may go out; returns the number to end it with."""
         if self._clock() < self._free_until and not self._wants:
-            number = 0
+            self._num_free += 1
             self._start()
-        else:
-            future = asyncio.get_running_loop().create_future()
-            self._wants.append((most_tokens, future))
-            self._start()
+            return 0
+        future = asyncio.get_running_loop().create_future()
+        self._wants.append((most_tokens, future))
+        self._start()
+        try:
             number, delay = await future
             if delay > 0:
                 await asyncio.sleep(delay)
-        self._num_under_way += 1
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled():
+                self.end(Ended(future.result()[0], 0, "unknown"))
+            raise
         return number
+
+    async def renew(self, number: int, most_tokens: int) -> int:
+        """The same number if its call can go out now; if its time has long passed, the number of another grant, so that calls held up do not go out at once."""
+        if number not in self._held or self._clock() - self._held[number][1] <= STALE_SECONDS:
+            return number
+        self.end(Ended(number, 0, "unknown"))
+        return await self.acquire(most_tokens)
 
     def end(self, ended: Ended) -> None:
         """Say how a call that `acquire` let go has ended."""
-        self._num_under_way -= 1
-        if ended.number or ended.ending != "ok":
-            self._ended.append(ended)
+        if ended.number:
+            self._held.pop(ended.number, None)
+        else:
+            self._num_free -= 1
+        if ended.number or ended.ending not in ("ok", "unknown"):
+            self._ended.append((self._clock(), ended))
+            self._ended_alone.append(ended)
+            self._start()
         if ended.ending in ("limited", "failed"):
             self._free_until = 0.0
+        if ended.ending in ("limited", "failed") or self._wants:  # it may make room for the next one
             self._wake.set()
 
     def _start(self) -> None:
@@ -175,59 +198,132 @@ class LimiterClient:
             self._wake.set()
 
     async def _run(self) -> None:
-        while self._wants or self._ended or self._num_under_way:
-            self._wake.clear()
-            wants = [tokens for tokens, _ in list(self._wants)[:64]]
-            ended, self._ended = self._ended, []
-            grants = await self._ask(wants, ended)
-            self.failing_seconds = grants.failing_seconds
-            if grants.is_free:
-                self._free_until = self._clock() + FREE_SECONDS
-                while self._wants:
-                    self._let_go(0, 0.0)
-                wait = FREE_SECONDS
-            else:
-                self._free_until = 0.0
-                for number, delay in zip(grants.numbers, grants.delays, strict=True):
-                    self._let_go(number, delay)
-                wait = min(1.0, max(0.02, grants.wait_seconds - LOOKAHEAD_SECONDS / 2)) if self._wants else 1.0
-            with contextlib.suppress(TimeoutError):
-                # A call that ends may make room for the next one, so it wakes this loop only when one waits.
-                await asyncio.wait_for(self._wake.wait(), wait)
-                await asyncio.sleep(0.01)
+        try:
+            while self._wants or self._ended or self._held or self._num_free or self._is_thought_busy:
+                wait = await self._step()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), wait)
+                    await asyncio.sleep(0.01)  # others that come with it
+        except Exception as error:  # none is expected; whoever waits must not wait for ever
+            waiting = [future for _, future in self._wants if not future.done()]
+            self._wants.clear()
+            for future in waiting:
+                future.set_exception(error)
+            if not waiting:
+                raise
 
-    def _let_go(self, number: int, delay: float) -> None:
-        _, future = self._wants.popleft()
-        if not future.cancelled():
+    async def _step(self) -> float:
+        """Ask once; returns how many seconds to wait before the next time."""
+        self._wake.clear()
+        self._wants = deque(want for want in self._wants if not want[1].done())
+        self._is_thought_busy = bool(self._wants or self._held or self._num_free)
+        asked_at = self._clock()
+        grants = await self._ask([tokens for tokens, _ in list(self._wants)[:MOST_WANTS]])
+        self.failing_seconds = grants.failing_seconds
+        if grants.is_free:
+            self._free_until = self._clock() + FREE_SECONDS
+            while self._wants:
+                self._let_go(0, 0.0, asked_at)
+            return FREE_SECONDS
+        self._free_until = 0.0
+        for number, delay in zip(grants.numbers, grants.delays, strict=True):
+            self._let_go(number, delay, asked_at)
+        return min(1.0, max(0.02, grants.wait_seconds - LOOKAHEAD_SECONDS / 2)) if self._wants else 1.0
+
+    def _let_go(self, number: int, delay: float, asked_at: float) -> None:
+        tokens, future = self._wants.popleft()
+        if number:
+            # How long the answer took is the grant's age at most. What is usual on a busy machine is not held against it.
+            now = self._clock()
+            self._held[number] = tokens, delay + (asked_at if now - asked_at > 4 * STALE_SECONDS else max(asked_at, now - STALE_SECONDS / 2))
+        else:
+            self._num_free += 1
+        if future.done():  # cancelled
+            self.end(Ended(number, 0, "unknown"))
+        else:
             future.set_result((number, delay))
 
-    async def _ask(self, wants: list[int], ended: list[Ended]) -> Grants:
-        now = self._clock()
-        if self._sync is not None and now >= self._try_again_at:
+    async def _ask(self, wants: list[int]) -> Grants:
+        if self._sync is not None and (self._own is None or self._is_back()):
+            now = self._clock()
+            while self._let_go_alone and now - self._let_go_alone[0] > WINDOW_SECONDS + MARGIN_SECONDS:
+                self._let_go_alone.popleft()
+            num_ended, num_alone = len(self._ended), len(self._let_go_alone)
             try:
-                answer = await asyncio.wait_for(self._sync(self.worker, wants, ended, self._num_under_way, self._version, self._limits), 5.0)
+                ended = [_age(each, now - at) for at, each in self._ended]
+                answer = await asyncio.wait_for(self._sync(self.worker, wants, ended, *self._under_way(), num_alone, self._version, self._limits), SYNC_SECONDS)
             except Exception:  # the actor died, or its node: whatever it is, the worker goes on by itself
-                self._try_again_at = now + 1.0
+                self._probed_at = self._clock()
                 if self._own is None:
-                    self._own = AccountLimiter(self._share(), self._clock)
+                    self._own = self._make_own()
             else:
-                grants, self._version, self._limits = answer
+                for _ in range(num_ended):
+                    self._ended.popleft()
+                for _ in range(num_alone):
+                    self._let_go_alone.popleft()
                 self._own = None
-                return grants
-        return self._own.sync(self.worker, wants, ended, self._num_under_way)
+                self._ended_alone.clear()
+                self._note(answer)
+                return answer[0]
+        ended, self._ended_alone = self._ended_alone, []
+        grants = self._own.sync(self.worker, wants, ended, *self._under_way())
+        if self._sync is None:
+            self._ended.clear()
+        else:
+            self._let_go_alone.extend([self._clock()] * len(grants.numbers))
+            while self._ended and self._clock() - self._ended[0][0] > WINDOW_SECONDS + MARGIN_SECONDS:
+                self._ended.popleft()
+        return grants
 
-    def _share(self) -> Limits:
+    def _under_way(self) -> tuple[dict[int, int], int]:
+        return {number: tokens for number, (tokens, _) in self._held.items()}, self._num_free
+
+    def _is_back(self) -> bool:
+        """Whether the limiter answers again; it is asked in the background, so that one that hangs holds up nobody."""
+        now = self._clock()
+        if self._probe is None and now - self._probed_at >= 1.0:
+            self._probed_at = now
+            probing = self._sync(self.worker, [], [], *self._under_way(), 0, self._version, self._limits)
+            self._probe = asyncio.get_running_loop().create_task(asyncio.wait_for(probing, SYNC_SECONDS))
+            self._probe.add_done_callback(self._note_probe)
+        if self._probe is None or not self._probe.done():
+            return False
+        probe, self._probe = self._probe, None
+        return not probe.cancelled() and probe.exception() is None
+
+    def _note_probe(self, probe: asyncio.Task) -> None:
+        if not probe.cancelled() and probe.exception() is None:  # asked for here, since nobody may be left to look at it
+            self._wake.set()
+
+    def _note(self, answer: tuple[Grants, float, Limits]) -> None:
+        grants, self._version, self._limits = answer
+        self._num_workers = max(self._num_workers, grants.num_workers)  # other jobs have workers too
+
+    def _make_own(self) -> AccountLimiter:
+        """A limiter of this worker's share. Its first call waits a full space: the limiter before may have granted one just now, to every worker."""
         part = 1 / (2 * self._num_workers)
         limits = self._limits
         in_flight = max(1, int(limits.max_in_flight * part)) if limits.max_in_flight else 0
-        return Limits(requests_per_minute=limits.requests_per_minute * part, tokens_per_minute=limits.tokens_per_minute * part, max_in_flight=in_flight)
+        share = Limits(requests_per_minute=limits.requests_per_minute * part, tokens_per_minute=limits.tokens_per_minute * part, max_in_flight=in_flight)
+        space = (WINDOW_SECONDS + MARGIN_SECONDS) / share.requests_per_minute if share.requests_per_minute else 1.0
+        return AccountLimiter(share, self._clock, hold_off_seconds=0.0 if share.is_none() else space)
+
+
+def _age(ended: Ended, seconds: float) -> Ended:
+    """What is told later than it happened. What the server said a while ago says nothing of now; the tokens count all the same."""
+    if seconds > SYNC_SECONDS:
+        return replace(ended, ending="unknown", retry_after=0.0)
+    return replace(ended, sent_seconds_ago=ended.sent_seconds_ago + seconds)
 
 
 class _Service:
-    """What both actors have in common: they end when nobody has called them for IDLE_SECONDS."""
+    """What both actors have in common: they end when nobody has called them for a while."""
 
     _called_at = 0.0
     _watch: asyncio.Task | None = None
+
+    def __init__(self, idle_seconds: float) -> None:
+        self._idle_seconds = idle_seconds
 
     def _note_call(self) -> None:
         self._called_at = time.monotonic()
@@ -237,8 +333,8 @@ class _Service:
     async def _end_when_idle(self) -> None:
         import ray
 
-        while time.monotonic() - self._called_at < IDLE_SECONDS:
-            await asyncio.sleep(5)
+        while (rest := self._called_at + self._idle_seconds - time.monotonic()) > 0:
+            await asyncio.sleep(rest)
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
     async def process_id(self) -> int:
@@ -250,7 +346,8 @@ class _Service:
 class LedgerService(_Service):
     """Ray actor on the machine where the ledger lies."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, idle_seconds: float) -> None:
+        super().__init__(idle_seconds)
         self._commits = GroupCommit(Ledger(Path(folder)))
 
     async def post(self, owner: str, operations: Sequence[Operation]) -> list[tuple] | NLIError:
@@ -272,20 +369,26 @@ class LedgerService(_Service):
 class LimiterService(_Service):
     """Ray actor for one account: one server and one key."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, idle_seconds: float) -> None:
         import ray
 
+        super().__init__(idle_seconds)
         with warnings.catch_warnings(action="ignore"):  # of a deprecated call inside Ray's own property
             follows_another = ray.get_runtime_context().was_current_actor_reconstructed
-        self._limiter = AccountLimiter(limits, hold_off_seconds=HOLD_OFF_SECONDS if follows_another else 0.0)
+        self._hold_off = HOLD_OFF_SECONDS if follows_another else 0.0
+        self._limiter = AccountLimiter(limits, hold_off_seconds=self._hold_off)
         self._version = 0.0
 
-    async def sync(self, worker: str, wants: list[int], ended: list[Ended], num_under_way: int, version: float, limits: Limits):
+    async def sync(
+        self, worker: str, wants: list[int], ended: list[Ended], held: dict[int, int], num_free: int, num_unseen: int, version: float, limits: Limits
+    ) -> tuple[Grants, float, Limits]:
         """`AccountLimiter.sync`, and the limits in force with their version. A worker that knows newer ones (this actor may be a new one) brings them."""
         self._note_call()
+        if version > self._version and self._hold_off and not self._version:  # those of the one before were not those it was made with
+            self._limiter = AccountLimiter(limits, hold_off_seconds=self._hold_off)
         if version > self._version:
             self._version, self._limiter.limits = version, limits
-        return self._limiter.sync(worker, wants, ended, num_under_way), self._version, self._limiter.limits
+        return self._limiter.sync(worker, wants, ended, held, num_free, num_unseen), self._version, self._limiter.limits
 
     async def set_limits(self, limits: Limits) -> Limits:
         """Change the limits while jobs run; returns those before."""
@@ -303,9 +406,10 @@ class LimiterService(_Service):
 
 
 def account_name(base_url: str, api_key: str) -> str:
-    """The name of an account's limiter: its server, and a fingerprint of its key that the key cannot be found from."""
-    fingerprint = sha256(b"nli account\0" + base_url.encode() + b"\0" + api_key.encode()).hexdigest()[:12]
-    return f"limiter:{base_url}:{fingerprint}"
+    """The name of an account's limiter: its server, however its address is written, and a fingerprint of its key that the key cannot be found from."""
+    url = chat_url(base_url)
+    fingerprint = sha256(b"nli account\0" + url.encode() + b"\0" + api_key.encode()).hexdigest()[:12]
+    return f"limiter:{url}:{fingerprint}"
 
 
 def start_ledger_service(folder: Path):
@@ -315,14 +419,32 @@ def start_ledger_service(folder: Path):
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"name": f"ledger:{folder}", "scheduling_strategy": here, "max_task_retries": -1}
-    return ray.remote(LedgerService).options(**options, **_shared_options()).remote(str(folder))
+    return _start(lambda: ray.remote(LedgerService).options(**options, **_shared_options()).remote(str(folder), IDLE_SECONDS), f"the ledger in {folder}")
 
 
 def start_limiter_service(base_url: str, api_key: str, limits: Limits):
     """The limiter actor of an account; one that is there already is taken, with the limits that it has."""
     import ray
 
-    return ray.remote(LimiterService).options(name=account_name(base_url, api_key), max_task_retries=0, **_shared_options()).remote(limits)
+    options = {"name": account_name(base_url, api_key), "max_task_retries": 0}
+    return _start(lambda: ray.remote(LimiterService).options(**options, **_shared_options()).remote(limits, IDLE_SECONDS), f"the limiter of {base_url}")
+
+
+def _start(create: Callable[[], object], what: str):
+    """An actor that has answered: one that was about to end for idleness has noted this call, or is replaced."""
+    import ray
+
+    waits = iter(START_WAITS)
+    while True:
+        try:
+            actor = create()
+            ray.get(actor.process_id.remote())
+            return actor
+        except ray.exceptions.RayActorError as error:
+            wait = next(waits, None)
+            if wait is None:
+                raise StorageError(f"the process of {what} does not start: {str(error).strip().splitlines()[-1]}") from None
+            time.sleep(wait)
 
 
 def _shared_options() -> dict:

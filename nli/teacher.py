@@ -354,12 +354,17 @@ class Teacher:
                 if self._stopped is not None:
                     raise self._stopped
                 number = await self._limiter.acquire(likely_most)
-                sent_at = time.monotonic()
-                answer = await self._ledger.call("send", key, n, reserve)
                 data, reply, failure = None, None, None
-                if answer[0] == "go":
-                    self.tally.calls += 1
-                    data, reply, failure = await self._call(body)
+                try:
+                    answer = await self._ledger.call("send", key, n, reserve)
+                    number = await self._limiter.renew(number, likely_most)  # the ledger may have been away
+                    sent_at = time.monotonic()
+                    if answer[0] == "go":
+                        self.tally.calls += 1
+                        data, reply, failure = await self._call(body)
+                except BaseException:
+                    self._limiter.end(Ended(number, likely_most, "unknown"))
+                    raise
             seconds = time.monotonic() - sent_at
             if answer[0] != "go":
                 self._limiter.end(Ended(number, 0, "unknown"))

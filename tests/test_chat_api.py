@@ -246,3 +246,9 @@ def test_a_key_that_is_no_header_is_refused_without_showing_it(no_key, monkeypat
     with pytest.raises(TeacherError, match="the API key holds characters that no key has") as caught:
         read_api_key(str(no_key / "key"))
     assert_no_key(caught.value)
+
+
+def test_half_of_a_surrogate_pair_in_a_reply_becomes_the_sign_for_no_character():
+    answer = read_reply(rb'{"choices": [{"message": {"content": "a \ud83d\udc15 b \ud83d c \udc15"}}]}')
+    assert answer.text == "a 🐕 b \ufffd c \ufffd"
+    assert answer.text.encode()

@@ -432,6 +432,11 @@ def test_whatever_workers_do_the_sums_are_those_of_the_requests_and_the_budget_h
 # --- files, processes, hosts ---
 
 
+def test_a_commit_is_flushed_to_the_disk_itself(bench):
+    assert bench.ledger._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert bench.ledger._db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL: the log is flushed with each commit
+
+
 def test_a_commit_that_the_disk_refuses_is_a_storage_error_with_nothing_applied_and_the_ledger_goes_on(bench):
     bench.claim("a")
     before = bench.row(), bench.totals()
