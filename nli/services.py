@@ -26,7 +26,7 @@ from nli.ledger import LEASE_SECONDS, Ledger, Operation
 from nli.limiter import LOOKAHEAD_SECONDS, AccountLimiter, Ended, Grants, Limits
 
 NAMESPACE = "nli"
-GATHER_SECONDS = 0.005  # operations that come within so long are flushed together; the contract is at most 0.05
+GATHER_SECONDS = 0.003  # operations that come within so long are flushed together; the contract is at most 0.05
 IDLE_SECONDS = 120.0  # an actor that nobody has called for so long ends; longer than the limiter's window
 LEDGER_PATIENCE_SECONDS = 120.0
 HOLD_OFF_SECONDS = 3.0  # a new limiter waits so long for workers to leave their local shares
@@ -80,7 +80,6 @@ class GroupCommit:
 
     async def _commit(self, posts: list) -> list:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self.ledger.commit, posts)
-
 
 
 class LedgerClient:

@@ -12,7 +12,7 @@ from email.utils import formatdate
 import pytest
 from chat_server import KEY, Answer, with_server
 
-from nli.chat_api import CallFailed, ChatClient, Reply, Unreachable, chat_url, check_reachable, read_api_key, read_reply
+from nli.chat_api import CallFailed, ChatClient, Reply, Unreachable, chat_url, check_reachable, read_api_key
 from nli.errors import TeacherError
 from nli.ledger import encode_body
 
@@ -25,7 +25,7 @@ def complete(*answers, timeout_seconds=5.0):
 
     async def use(server):
         async with ChatClient(server.base_url, KEY, timeout_seconds) as client:
-            return read_reply(await client.complete(DATA)), server
+            return (await client.complete(DATA))[1], server
 
     return with_server(answers, use)
 
@@ -190,7 +190,7 @@ def test_a_server_is_looked_for_without_a_call():
 def test_a_key_that_the_server_sends_back_is_not_in_what_is_kept():
     async def use(server):
         async with ChatClient(server.base_url, KEY, 5) as client:
-            return await client.complete(DATA)
+            return (await client.complete(DATA))[0]
 
     assert KEY.encode() not in with_server([Answer(text=f"your key is {KEY}")], use)
 
