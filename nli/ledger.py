@@ -146,6 +146,7 @@ class Ledger:
 
         Operations, and their answers:
             ("claim", key, run, policy, parent)  ("go", sends) | ("done", reply, settled, repair) | ("wait",) another works on it | ("held", problem)
+            ("open", key, run, policy, parent, reserve)     claim and send in one: ("go", n), or else what claim or send answer
             ("send", key, n, reserve)            ("go",) | ("full",) ask again when calls have ended | ("over",) | ("halted", reason) | ("lost",)
             ("done", key, n, reply, num_prompt_tokens, num_completion_tokens, cost)                                                     ("ok",)
             ("fail", key, n, kind, problem, is_final)      the server answered, and did not bill                                        ("ok",)
@@ -322,6 +323,17 @@ class Ledger:
         self._add(found.run, reserved=reserve)
         return ("go",)
 
+    def _open(self, owner: str, now: float, key: bytes, run: str, policy: str, parent: bytes | None, reserve: int) -> tuple:
+        found = self._find(key)
+        if found is not None and found.state == "sent" and found.owner == owner:
+            return ("go", found.sends)  # repeated: a worker has one call of a request under way at most
+        claimed = self._claim(owner, now, key, run, policy, parent)
+        if claimed[0] != "go":
+            return claimed
+        n = claimed[1] + 1
+        sent = self._send(owner, now, key, n, reserve)
+        return ("go", n) if sent[0] == "go" else sent
+
     def _done(self, owner: str, now: float, key: bytes, n: int, reply: bytes, num_prompt_tokens: int, num_completion_tokens: int, cost: int) -> tuple:
         found = self._find(key)
         is_last = found is not None and found.sends == n
@@ -374,6 +386,7 @@ class Ledger:
 _APPLY: dict[str, Callable[..., tuple]] = {
     "claim": Ledger._claim,
     "send": Ledger._send,
+    "open": Ledger._open,
     "done": Ledger._done,
     "fail": Ledger._fail,
     "lose": Ledger._lose,
