@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from nli.batch_mode import ask_in_batches, refuse_open_batches
 from nli.chat_api import Unreachable, check_reachable
 from nli.cluster import connected, spread
 from nli.errors import NLIError, TeacherError
@@ -85,8 +86,10 @@ def run_generation(work: Generation) -> Counter | None:
             if num_pending:
                 ledger.begin_run(str(work.output), int(config.max_cost * NANO) if config.max_cost else None)
                 if config.mode == "batch":
-                    raise TeacherError("batch mode is not there yet")
-                _ask(work, config, key, ledger, folder, worklist, num_pending)
+                    ask_in_batches(config, work.prompt, key, str(work.output), ledger, folder, worklist.path)
+                else:
+                    refuse_open_batches(folder, worklist)
+                    _ask(work, config, key, ledger, folder, worklist, num_pending)
             counts = _write_output(work, ledger, folder, worklist)
             totals = ledger.read_totals(str(work.output))
         finally:

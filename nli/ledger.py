@@ -26,10 +26,12 @@ import os
 import platform
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 from nli.errors import StorageError
 
@@ -97,7 +99,7 @@ def encode_body(body: Mapping) -> bytes:
     return json.dumps(body, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def connect(path: Path) -> sqlite3.Connection:
     try:
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
         connection.execute("PRAGMA cache_size=-8000")
@@ -119,6 +121,9 @@ class Ledger:
         self._clock = clock
         self._beats: dict[str, float] = {}  # when an owner's beat was last written
         self._heard: dict[str, float] = {}  # when the last commit ended that an owner took part in: a slow disk is no sign of its death
+        self._runs: set[str] = set()  # that have a row
+        self._changes: dict[str, Counter] = {}  # of runs' sums in this transaction
+        self._budgets: dict[str, tuple] = {}  # of runs, as this transaction found them
         self._swept: dict[str, float] = {}  # when a run was last searched for the sends of dead owners
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +131,7 @@ class Ledger:
         except OSError as error:
             raise StorageError(f"{folder}: the ledger cannot be kept there ({error.strerror}).") from None
         try:
-            self._db = _connect(self.path)
+            self._db = connect(self.path)
         except StorageError:
             self._lock.close()
             raise
@@ -161,7 +166,7 @@ class Ledger:
     def begin_run(self, run: str, max_cost: int | None) -> Totals:
         """Open a run for sending, with its budget in nano-dollars; what dead workers left under way becomes ambiguous. Returns its sums so far."""
         with self._transaction():
-            self._db.execute("INSERT OR IGNORE INTO runs (run) VALUES (?)", (run,))
+            self._open_run(run)
             self._db.execute("UPDATE runs SET max_cost = ?, halted = NULL WHERE run = ?", (max_cost, run))
             self._sweep(run, self._clock())
         return self.read_totals(run)
@@ -182,12 +187,17 @@ class Ledger:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
+                self._write_sums()
                 self._db.execute("COMMIT")
             except BaseException:
                 if self._db.in_transaction:  # SQLite itself has rolled back after some errors of the disk
                     self._db.execute("ROLLBACK")
                 self._beats.clear()
+                self._runs.clear()
                 raise
+            finally:
+                self._changes.clear()
+                self._budgets.clear()
         except sqlite3.Error as error:
             raise StorageError(f"{self.path}: cannot be written ({error}). Free space or mend the disk; what was stored before is kept.") from None
 
@@ -202,9 +212,30 @@ class Ledger:
         beat = self._db.execute("SELECT beat FROM owners WHERE owner = ?", (owner,)).fetchone()
         return beat is not None and now - beat[0] < self.lease_seconds
 
+    def _open_run(self, run: str) -> None:
+        if run not in self._runs:
+            self._db.execute("INSERT OR IGNORE INTO runs (run) VALUES (?)", (run,))
+            self._runs.add(run)
+
     def _add(self, run: str, **amounts: int) -> None:
-        sums = ", ".join(f"{name} = {name} + ?" for name in amounts)
-        self._db.execute(f"UPDATE runs SET {sums} WHERE run = ?", (*amounts.values(), run))
+        """Change a run's sums; they are written once, when the transaction ends."""
+        changes = self._changes.setdefault(run, Counter())
+        for name, amount in amounts.items():
+            changes[name] += amount
+
+    def _write_sums(self) -> None:
+        for run, changes in self._changes.items():
+            sums = ", ".join(f"{name} = {name} + ?" for name in changes)
+            self._db.execute(f"UPDATE runs SET {sums} WHERE run = ?", (*changes.values(), run))
+        self._changes.clear()
+
+    def _read_budget(self, run: str) -> tuple[int | None, str | None, int, int]:
+        """(most cost, why the run is halted, spent, reserved) as they stand in this transaction."""
+        if run not in self._budgets:
+            self._budgets[run] = self._db.execute("SELECT max_cost, halted, cost + held, reserved FROM runs WHERE run = ?", (run,)).fetchone()
+        max_cost, halted, spent, reserved = self._budgets[run]
+        changes = self._changes.get(run, {})
+        return max_cost, halted, spent + changes.get("cost", 0) + changes.get("held", 0), reserved + changes.get("reserved", 0)
 
     def _sweep(self, run: str, now: float) -> None:
         """Make the sends of dead owners ambiguous, so that what they reserved counts as held and nobody waits for them."""
@@ -229,7 +260,7 @@ class Ledger:
         self._add(found.run, held=-found.reserved, ambiguous_sends=-1)
 
     def _find(self, key: bytes) -> "_Found | None":
-        row = self._db.execute(f"SELECT {', '.join(_Found.__dataclass_fields__)} FROM requests WHERE key = ?", (key,)).fetchone()
+        row = self._db.execute(_FIND, (key,)).fetchone()
         return _Found(*row) if row else None
 
     def _claim(self, owner: str, now: float, key: bytes, run: str, policy: str, parent: bytes | None) -> tuple:
@@ -238,12 +269,12 @@ class Ledger:
             if other is not None:
                 return ("done", _read_reply(self._db, other), False, None)  # another worker has had the parent repaired, by another reply of its own
             self._db.execute("UPDATE requests SET repair = ? WHERE key = ?", (key, parent))
-        found = self._find(key)
-        if found is None:
-            self._db.execute("INSERT OR IGNORE INTO runs (run) VALUES (?)", (run,))
-            self._db.execute("INSERT INTO requests (key, run, state, owner, claimed_at) VALUES (?, ?, 'claimed', ?, ?)", (key, run, owner, now))
+        insert = "INSERT OR IGNORE INTO requests (key, run, state, owner, claimed_at) VALUES (?, ?, 'claimed', ?, ?)"
+        if self._db.execute(insert, (key, run, owner, now)).rowcount:
+            self._open_run(run)
             self._add(run, repairs=int(parent is not None))
             return ("go", 0)
+        found = self._find(key)
         if found.state == "done":
             return ("done", _read_reply(self._db, found.reply), bool(found.settled), found.repair)
         if found.state in ("claimed", "sent") and found.owner != owner and self._is_alive(found.owner, now):
@@ -258,7 +289,7 @@ class Ledger:
             self._add(found.run, failed=-1)
         if found.run != run:
             # What the last send may have cost stays with its run, whatever becomes of it.
-            self._db.execute("INSERT OR IGNORE INTO runs (run) VALUES (?)", (run,))
+            self._open_run(run)
             self._db.execute("UPDATE requests SET is_unsure = 0, reserved = 0 WHERE key = ?", (key,))
             self._add(found.run, repairs=-int(parent is not None))
             self._add(run, repairs=int(parent is not None))
@@ -280,7 +311,7 @@ class Ledger:
             return ("go",) if found.sends == n else ("lost",)
         if n != found.sends + 1:
             return ("lost",)
-        max_cost, halted, spent, reserved = self._db.execute("SELECT max_cost, halted, cost + held, reserved FROM runs WHERE run = ?", (found.run,)).fetchone()
+        max_cost, halted, spent, reserved = self._read_budget(found.run)
         if halted is not None:
             return ("halted", halted)
         if max_cost is not None and spent + reserved + reserve > max_cost:
@@ -335,6 +366,7 @@ class Ledger:
 
     def _halt(self, owner: str, now: float, run: str, reason: str) -> tuple:
         self._db.execute("UPDATE runs SET halted = COALESCE(halted, ?) WHERE run = ?", (reason, run))
+        self._budgets.pop(run, None)
         return ("ok",)
 
 
@@ -349,8 +381,7 @@ _APPLY: dict[str, Callable[..., tuple]] = {
 }
 
 
-@dataclass(frozen=True)
-class _Found:
+class _Found(NamedTuple):
     """A request's columns that decide what an operation does. `is_unsure`: the last send is counted in its run as one without answer."""
 
     key: bytes
@@ -366,6 +397,9 @@ class _Found:
     reply: int | None
 
 
+_FIND = f"SELECT {', '.join(_Found._fields)} FROM requests WHERE key = ?"
+
+
 class LedgerReader:
     """Reads a ledger that others may be writing, on the same host. Raises StorageError if there is none."""
 
@@ -373,7 +407,7 @@ class LedgerReader:
         self.path = folder / "ledger.sqlite"
         if not self.path.exists():
             raise StorageError(f"{self.path}: no ledger there.")
-        self._db = _connect(self.path)  # a reader of a WAL database needs to write its -shm file
+        self._db = connect(self.path)  # a reader of a WAL database needs to write its -shm file
         self._db.execute("PRAGMA query_only=ON")
 
     def close(self) -> None:

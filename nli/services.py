@@ -28,7 +28,7 @@ from nli.ledger import LEASE_SECONDS, Ledger, Operation
 from nli.limiter import FREE_SECONDS, LOOKAHEAD_SECONDS, MARGIN_SECONDS, WINDOW_SECONDS, AccountLimiter, Ended, Grants, Limits
 
 NAMESPACE = "nli"
-GATHER_SECONDS = 0.005  # operations that come within so long are flushed together; the contract is at most 0.05
+GATHER_SECONDS = 0.003  # operations that come within so long are flushed together; the contract is at most 0.05
 IDLE_SECONDS = 120.0  # an actor that nobody has called for so long ends; longer than the limiter's window
 LEDGER_PATIENCE_SECONDS = 120.0
 START_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between tries to start an actor
@@ -41,8 +41,9 @@ MOST_WANTS = 64  # calls that a worker asks for at a time
 class Gatherer:
     """Collects items while the last flush runs, then flushes them together: one flush at a time, on one event loop."""
 
-    def __init__(self, flush: Callable[[list], Awaitable[list]]) -> None:
+    def __init__(self, flush: Callable[[list], Awaitable[list]], gather_seconds: float = GATHER_SECONDS) -> None:
         self._flush = flush
+        self._gather_seconds = gather_seconds
         self._waiting: list[tuple[object, asyncio.Future]] = []
         self._task: asyncio.Task | None = None
 
@@ -57,7 +58,7 @@ class Gatherer:
 
     async def _run(self) -> None:
         while self._waiting:
-            await asyncio.sleep(GATHER_SECONDS)
+            await asyncio.sleep(self._gather_seconds)
             taken, self._waiting = self._waiting, []
             try:
                 answers = list(zip(taken, await self._flush([item for item, _ in taken]), strict=True))
@@ -77,7 +78,7 @@ class GroupCommit:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
-        self._gatherer = Gatherer(self._commit)
+        self._gatherer = Gatherer(self._commit, gather_seconds=0)  # what workers post has been gathered already
 
     async def post(self, owner: str, operations: Sequence[Operation]) -> list[tuple]:
         """The answers to an owner's operations; they are on disk when it returns."""

@@ -16,6 +16,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -60,6 +61,12 @@ class TeacherConfig:
     """how the server is told to answer in JSON: by the reply's schema, as any JSON object, or only by the prompt"""
     mode: Literal["online", "batch"] = "online"
     """one call for each request, or the server's Batch API: half the price, and hours instead of minutes"""
+    batch_max_requests: Count = 100_000
+    """most requests in one batch job; the vendor's documented limit is 100,000"""
+    batch_timeout_hours: Count = 24
+    """hours after which the server ends a batch job that is not done"""
+    batch_poll_seconds: Positive = 60
+    """longest wait between two looks at a batch job"""
     workers: Count = 4
     """actors that send requests"""
     requests_per_minute: NonNegative = 0
@@ -149,9 +156,14 @@ def settle_key_file(config: TeacherConfig) -> TeacherConfig:
 
 def build_body(config: TeacherConfig, prompt: Prompt, messages: Sequence[Mapping]) -> bytes:
     """The JSON of one request, as it is sent and hashed."""
+    return b'{"messages":' + encode_body(messages) + _encode_parameters(config, prompt)
+
+
+@lru_cache(maxsize=16)
+def _encode_parameters(config: TeacherConfig, prompt: Prompt) -> bytes:
+    """What all requests of a run share: the end of their JSON, from the comma after the messages."""
     body = {
         "model": config.model,
-        "messages": messages,
         "temperature": config.temperature,
         "max_tokens": config.max_tokens,
         "random_seed" if config.api == "mistral" else "seed": config.random_seed,
@@ -161,7 +173,7 @@ def build_body(config: TeacherConfig, prompt: Prompt, messages: Sequence[Mapping
     elif config.response_format == "json_schema":
         schema = {"name": prompt.reply.__name__, "schema": prompt.reply_schema, "strict": True}
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
-    return encode_body(body)
+    return b"," + encode_body(body)[1:]
 
 
 def first_key(config: TeacherConfig, prompt: Prompt, row: Mapping) -> bytes:
@@ -263,6 +275,7 @@ class Teacher:
         self._in_flight = asyncio.Semaphore(config.max_in_flight)
         self._random = random.Random()
         self._open: dict[bytes, asyncio.Event] = {}
+        self._stopped: TeacherError | None = None
         self._num_refused = 0
         self._was_answered = False
         self._counter = load_token_counter(config.model, config.tokenizer) if config.tokens_per_minute else None
@@ -289,34 +302,33 @@ class Teacher:
     async def ask(self, row: Mapping) -> None:
         """Ask about one row, with one repair when the first reply cannot be read."""
         messages = self.prompt.render_messages(row)
-        key, data, is_settled = await self._request(messages, None)
+        key, reply, is_settled = await self._request(messages, None)
         self.tally.rows += 1
-        if data is None:
+        if reply is None:
             self.tally.failed += 1
             return
         self.tally.answered += 1
         if is_settled or not self.config.repair_invalid:
             return
-        reply = read_reply(data)
         parsed = parse_reply(reply.text, self.prompt.reply, reply.finish_reason)
         if parsed.fields is None:
             await self._request(repair_messages(messages, reply, parsed.problem), key)
 
-    async def _request(self, messages: Sequence[Mapping], parent: bytes | None) -> tuple[bytes, bytes | None, bool]:
+    async def _request(self, messages: Sequence[Mapping], parent: bytes | None) -> tuple[bytes, Reply | None, bool]:
         """(key, reply or None, whether it is settled) of one request, which is sent only if the ledger has no reply."""
         body = build_body(self.config, self.prompt, messages)
         key = request_key(self._url, body, self.config.sample_index)
-        async with self._in_flight, self._alone(key):
+        async with self._alone(key):
             while True:
                 answer = await self._ledger.call("claim", key, self.run, self.config.ambiguous, parent)
                 if answer[0] == "done":
-                    return key, answer[1], answer[2]
+                    return key, read_reply(answer[1]), answer[2]
                 if answer[0] == "held":
                     return key, None, False
                 if answer[0] == "go":
-                    data = await self._send_until_answered(key, body, answer[1], messages)
-                    if data != b"":
-                        return key, data, False
+                    is_mine, reply = await self._send_until_answered(key, body, answer[1], messages)
+                    if is_mine:
+                        return key, reply, False
                 await asyncio.sleep(1.0)  # another worker is at it, or has just taken it over
 
     @contextlib.asynccontextmanager
@@ -330,66 +342,72 @@ class Teacher:
         finally:
             self._open.pop(key).set()
 
-    async def _send_until_answered(self, key: bytes, body: bytes, num_sends: int, messages: Sequence[Mapping]) -> bytes | None:
-        """The reply after as many tries as the config allows; None when they all failed, b'' when the request became another worker's."""
+    async def _send_until_answered(self, key: bytes, body: bytes, num_sends: int, messages: Sequence[Mapping]) -> tuple[bool, Reply | None]:
+        """(True, the reply or None) after as many tries as the config allows; (False, None) when the request became another worker's."""
         config = self.config
-        most_prompt_tokens = self._most_tokens(messages)
+        most_prompt_tokens = self._schema_bytes + bound_messages(messages)
         likely_most = self._likely_most_tokens(messages, most_prompt_tokens) + config.max_tokens
         reserve = self._price.cost_nanodollars(most_prompt_tokens, config.max_tokens) if self._price else 0
         attempt, n = 1, num_sends + 1
         while True:
-            number = await self._limiter.acquire(likely_most)
-            try:
-                answer = await self._ledger.call("send", key, n, reserve)
-            except BaseException:
-                self._limiter.end(Ended(number, 0, "unknown"))
-                raise
+            async with self._in_flight:
+                if self._stopped is not None:
+                    raise self._stopped
+                number = await self._limiter.acquire(likely_most)
+                data, reply, failure = None, None, None
+                try:
+                    answer = await self._ledger.call("send", key, n, reserve)
+                    if answer[0] == "go":
+                        number = await self._limiter.renew(number, likely_most)  # the ledger may have been away for a while
+                    sent_at = time.monotonic()
+                    if answer[0] == "go":
+                        self.tally.calls += 1
+                        data, reply, failure = await self._call(body)
+                except BaseException:  # the ledger is gone, or this task is cancelled
+                    self._limiter.end(Ended(number, likely_most, "unknown"))
+                    raise
+            seconds = time.monotonic() - sent_at
             if answer[0] != "go":
                 self._limiter.end(Ended(number, 0, "unknown"))
-                if answer[0] == "full":
-                    await asyncio.sleep(FULL_WAIT_SECONDS)
-                    continue
-                await self._stop_if_no_call_may_go(answer)
-                return b""
-            number = await self._limiter.renew(number, likely_most)  # the ledger may have been away
-            sent_at = time.monotonic()
-            self.tally.calls += 1
-            try:
-                data = await self._client.complete(body)
-            except TeacherError as error:
-                self._limiter.end(Ended(number, 0, "refused"))
-                await self._ledger.call("fail", key, n, "refused", str(error), False)
-                await self._ledger.call("halt", self.run, str(error))
-                raise
-            except CallFailed as error:
-                failure = error
-                used = likely_most if error.is_ambiguous else 0
-                ending = "limited" if error.kind == "http_429" else "failed" if error.retryable else "refused"
-                self._limiter.end(Ended(number, used, ending, time.monotonic() - sent_at, error.retry_after or 0.0))
-            except BaseException:
-                self._limiter.end(Ended(number, likely_most, "unknown"))
-                raise
-            else:
-                reply = read_reply(data)
-                num_prompt, num_completion = reply.num_prompt_tokens, reply.num_completion_tokens
-                self._limiter.end(Ended(number, (num_prompt or 0) + (num_completion or 0) or likely_most, "ok"))
-                is_counted = num_prompt is not None and num_completion is not None
+                if answer[0] != "full":
+                    await self._stop_if_no_call_may_go(answer)
+                    return False, None
+                await asyncio.sleep(FULL_WAIT_SECONDS)
+            elif reply is not None:
+                is_counted = reply.num_prompt_tokens is not None and reply.num_completion_tokens is not None
+                num_prompt, num_completion = reply.num_prompt_tokens or 0, reply.num_completion_tokens or 0
+                self._limiter.end(Ended(number, num_prompt + num_completion or likely_most, "ok"))
                 cost = self._price.cost_nanodollars(num_prompt, num_completion) if self._price and is_counted else reserve
-                await self._ledger.call("done", key, n, data, num_prompt or 0, num_completion or 0, cost)
+                await self._ledger.call("done", key, n, data, num_prompt, num_completion, cost)
                 self._was_answered = True
-                return data
-            is_last = not failure.retryable or attempt == config.max_attempts
-            if failure.is_ambiguous:
-                is_last = is_last or config.ambiguous == "hold"
-                await self._ledger.call("lose", key, n, failure.kind, str(failure), is_last)
+                return True, reply
+            elif isinstance(failure, TeacherError):
+                self._limiter.end(Ended(number, 0, "refused"))
+                await self._ledger.call("fail", key, n, "refused", str(failure), False)
+                await self._ledger.call("halt", self.run, str(failure))
+                raise failure
             else:
-                await self._ledger.call("fail", key, n, failure.kind, str(failure), is_last)
-            if is_last:
-                await self._give_up_if_hopeless(failure, attempt)
-                return None
-            wait = min(MAX_WAIT_SECONDS, 0.5 * 2 ** (attempt - 1)) * self._random.uniform(0.5, 1.5)
-            await asyncio.sleep(max(wait, failure.retry_after or 0.0))
-            attempt, n = attempt + 1, n + 1
+                is_last = not failure.retryable or attempt == config.max_attempts or (failure.is_ambiguous and config.ambiguous == "hold")
+                ending = "limited" if failure.kind == "http_429" else "failed" if failure.retryable else "refused"
+                used = likely_most if failure.is_ambiguous else 0
+                self._limiter.end(Ended(number, used, ending, seconds, failure.retry_after or 0.0))
+                await self._ledger.call("lose" if failure.is_ambiguous else "fail", key, n, failure.kind, str(failure), is_last)
+                if is_last:
+                    await self._give_up_if_hopeless(failure, attempt)
+                    return True, None
+                wait = min(MAX_WAIT_SECONDS, 0.5 * 2 ** (attempt - 1)) * self._random.uniform(0.5, 1.5)
+                await asyncio.sleep(max(wait, failure.retry_after or 0.0))
+                attempt, n = attempt + 1, n + 1
+
+    async def _call(self, body: bytes) -> tuple[bytes | None, Reply | None, CallFailed | TeacherError | None]:
+        """(raw body, reply, None) of one call, or (None, None, why it failed)."""
+        try:
+            return *await self._client.complete(body), None
+        except CallFailed as error:
+            return None, None, error
+        except TeacherError as error:
+            self._stopped = error  # before another call can go out
+            return None, None, error
 
     async def _stop_if_no_call_may_go(self, answer: tuple) -> None:
         if answer[0] == "halted":
@@ -409,10 +427,6 @@ class Teacher:
         if reason:
             await self._ledger.call("halt", self.run, reason)
             raise TeacherError(reason)
-
-    def _most_tokens(self, messages: Sequence[Mapping]) -> int:
-        """An upper bound of a prompt's tokens."""
-        return self._schema_bytes + bound_messages(messages)
 
     def _likely_most_tokens(self, messages: Sequence[Mapping], bound: int) -> int:
         """What the limiter takes a prompt for: its real count and a tenth where the model's tokenizer is known, since the bound is several times that."""

@@ -84,6 +84,12 @@ class Worklist:
                 writing.executemany("INSERT INTO pending (n) VALUES (?)", [(n,) for n, key in chunk if key not in done])
         return self._db.execute("SELECT COUNT(*) FROM pending").fetchone()[0]
 
+    def iterate_pending_keys(self) -> Iterator[list[bytes]]:
+        """Chunks of the keys of pending rows."""
+        cursor = self._db.execute("SELECT key FROM pending JOIN rows USING (n) ORDER BY i")
+        while chunk := cursor.fetchmany(CHUNK):
+            yield [key for (key,) in chunk]
+
     def iterate(self) -> Iterator[list[tuple[dict, bytes]]]:
         """Chunks of (row, key), in input order."""
         cursor = self._db.execute("SELECT row, key FROM rows ORDER BY n")
