@@ -345,13 +345,14 @@ class Ledger:
 
     def _fail(self, owner: str, now: float, key: bytes, n: int, kind: str, problem: str, is_final: bool) -> tuple:
         found = self._find(key)
-        if found is None or found.owner != owner or found.sends != n:
+        is_unsent = found is not None and found.state == "claimed" and is_final and n in (found.sends, found.sends + 1)
+        if found is None or found.owner != owner or not (found.sends == n or is_unsent):
             return ("ok",)
         if found.state == "sent":
             self._add(found.run, reserved=-found.reserved)
         elif found.state == "ambiguous":  # it was taken for lost
             self._resolve(found)
-        else:
+        elif not is_unsent:
             return ("ok",)
         state = "failed" if is_final else "claimed"
         self._db.execute("UPDATE requests SET state = ?, reserved = 0, kind = ?, problem = ?, ended_at = ? WHERE key = ?", (state, kind, problem, now, key))
