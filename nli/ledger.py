@@ -282,11 +282,11 @@ class Ledger:
         if found.state == "sent":
             self._mark_ambiguous(key, found.run, found.reserved, *LOST_WORKER, "ambiguous", now)
             found = self._find(key)
+        if found.state == "failed":
+            self._add(found.run, failed=-1)
         if found.is_unsure and policy == "hold":
             self._db.execute("UPDATE requests SET state = 'ambiguous' WHERE key = ?", (key,))
             return ("held", found.problem)
-        if found.state == "failed":
-            self._add(found.run, failed=-1)
         if found.run != run:
             # What the last send may have cost stays with its run, whatever becomes of it.
             self._open_run(run)
@@ -345,17 +345,18 @@ class Ledger:
 
     def _fail(self, owner: str, now: float, key: bytes, n: int, kind: str, problem: str, is_final: bool) -> tuple:
         found = self._find(key)
-        is_unsent = found is not None and found.state == "claimed" and is_final and n in (found.sends, found.sends + 1)
-        if found is None or found.owner != owner or not (found.sends == n or is_unsent):
+        if found is None or found.owner != owner:
             return ("ok",)
+        is_unsent = found.state == "claimed" and is_final and n in (found.sends, found.sends + 1)  # given up: an earlier send stays what it is
+        if not is_unsent and (found.sends != n or found.state not in ("sent", "ambiguous")):
+            return ("ok",)
+        state = "failed" if is_final else "claimed"
+        self._db.execute("UPDATE requests SET state = ?, kind = ?, problem = ?, ended_at = ? WHERE key = ?", (state, kind, problem, now, key))
         if found.state == "sent":
+            self._db.execute("UPDATE requests SET reserved = 0 WHERE key = ?", (key,))
             self._add(found.run, reserved=-found.reserved)
         elif found.state == "ambiguous":  # it was taken for lost
             self._resolve(found)
-        elif not is_unsent:
-            return ("ok",)
-        state = "failed" if is_final else "claimed"
-        self._db.execute("UPDATE requests SET state = ?, reserved = 0, kind = ?, problem = ?, ended_at = ? WHERE key = ?", (state, kind, problem, now, key))
         self._add(found.run, failed=int(is_final))
         return ("ok",)
 

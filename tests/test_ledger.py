@@ -198,6 +198,18 @@ def test_hold_also_holds_what_another_policy_was_about_to_ask_again(bench):
     assert bench.totals().ambiguous_sends == 1
 
 
+def test_a_request_that_is_given_up_unsent_keeps_what_an_earlier_send_may_have_cost(bench):
+    bench.claim("a")
+    bench.send("a")
+    bench.lose("a")
+    assert [bench.fail("a", n=2, is_final=True) for _ in range(2)] == [OK, OK]
+    assert bench.totals() == Totals(failed=1, ambiguous_sends=1, held=100)
+    assert bench.claim("b", policy="hold")[0] == "held"
+    assert bench.totals() == Totals(ambiguous_sends=1, held=100)
+    bench.done("a")
+    assert bench.totals() == Totals(done=1, cost=40, prompt_tokens=3, completion_tokens=2)
+
+
 def test_a_job_at_the_server_is_never_dead(bench):
     bench.claim("batch:7")
     bench.send("batch:7")
@@ -424,6 +436,7 @@ def test_whatever_workers_do_the_sums_are_those_of_the_requests_and_the_budget_h
             assert totals.prompt_tokens == sum(row["prompt_tokens"] or 0 for row in mine)
             assert min(totals.held, totals.ambiguous_sends) >= 0
             assert totals.held == 100 * totals.ambiguous_sends
+            assert all(row["reserved"] == 100 for row in mine if row["is_unsure"] and row["state"] != "done")
             if operation[0] == "send":
                 assert totals.cost + totals.held + totals.reserved <= most
         assert sum(totals.ambiguous_sends for totals in everything) == sum(row["ambiguous_sends"] for row in rows)
