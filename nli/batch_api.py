@@ -19,32 +19,22 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from nli.batch_client import MOST_TRIES, BatchClient, JobRefused, Unanswered, pause
 from nli.batch_store import Batch, BatchStore, OpenRequest
-from nli.chat_api import KEY_VARIABLE, CallFailed, read_reply
+from nli.chat_api import CallFailed, read_reply
 from nli.errors import TeacherError
 from nli.ledger import Ledger
 from nli.storage import write_atomic
 from nli.teacher import TeacherConfig
 from nli.token_counts import bound_messages
 
-if TYPE_CHECKING:
-    from mistralai.client.models import BatchJob
-
-METADATA_KEY = "nli_batch"
-ENDPOINT = "/v1/chat/completions"
 MOST_BYTES = 500_000_000  # of one upload; the vendor's limit is 512 MB
 CHUNK = 500  # requests in one transaction
 ENDED = ("SUCCESS", "FAILED", "TIMEOUT_EXCEEDED", "CANCELLED")
-ORPHAN_WAITS = (0.0, 1.0, 3.0)  # seconds before each look for a job whose making was interrupted: a list may lag behind
 FIRST_POLL_SECONDS = 2.0
-CALL_SECONDS = 600  # for one call; uploads and downloads are large
-RETRY_SECONDS = 0.5  # before the first repetition, doubled for each further one
-MOST_TRIES = 6
 
 
 @dataclass(frozen=True)
@@ -62,17 +52,13 @@ class BatchJobs:
     def __init__(
         self, config: TeacherConfig, api_key: str, run: str, ledger: Ledger, store: BatchStore, hook: Callable[[str], None] = lambda step: None
     ) -> None:
-        from mistralai.client import Mistral
-
         self.config = config
         self.run = run
         self._ledger = ledger
         self._store = store
         self._hook = hook
-        self._key = api_key
         self._price = config.price()
-        self._server = config.base_url.rstrip("/").removesuffix("/v1")
-        self._client = Mistral(api_key=api_key, server_url=self._server, timeout_ms=1000 * CALL_SECONDS)
+        self._client = BatchClient(config.base_url, api_key)
         self.refused: set[bytes] = set()
         """requests that the server will not answer, however often it is asked"""
         self.num_replies = 0
@@ -116,7 +102,7 @@ class BatchJobs:
         if first is None:
             return None
         requests = itertools.chain([first], requests)
-        batch = self._store.add(self.run, server=self._server, model=self.config.model, planned_at=time.time())
+        batch = self._store.add(self.run, server=self._client.server, model=self.config.model, planned_at=time.time())
         self._hook("planning")
         num_requests = 0
 
@@ -175,63 +161,35 @@ class BatchJobs:
 
     def upload(self, batch: Batch) -> None:
         """Put the batch's file where the server can read it."""
-        path = self._store.path(batch, "requests.jsonl")
-        file_id = self._try(lambda: self._find_upload(path)) or self._try(lambda: self._upload(path))
+        file_id = self._client.upload(self._store.path(batch, "requests.jsonl"))
         self._hook("file_uploaded")
         self._store.update(batch, "uploaded", file_id=file_id)
         self._hook("file_recorded")
 
-    def _find_upload(self, path: Path) -> str | None:
-        found = self._client.files.list(search=path.name, purpose="batch").data
-        return next((file.id for file in found if file.filename == path.name and file.size_bytes == path.stat().st_size), None)
-
-    def _upload(self, path: Path) -> str:
-        with open(path, "rb") as file:
-            return self._client.files.upload(file={"file_name": path.name, "content": file}, purpose="batch").id
-
     def create(self, batch: Batch) -> None:
-        """Make the batch's job, unless there is one already."""
-        job_id = None
-        for attempt in range(1, MOST_TRIES + 1):
-            if batch.state == "creating":
-                job_id = self._try(lambda: self._find_job(batch))
-            else:
-                self._store.update(batch, "creating")
-                self._hook("creating")
-            if job_id is not None:
-                break
+        """Make the batch's job, unless there is one already. Raises TeacherError if the server does not let it be made."""
+        may_exist = batch.state == "creating"
+        self._store.update(batch, "creating")
+        self._hook("creating")
+        job_id = self._client.find_job(batch.id, batch.detail["planned_at"]) if may_exist else None
+        attempt = 1
+        while job_id is None:
             try:
-                job_id = self._create(batch)
-                break
-            except _failures() as error:
-                # Without an answer the job may be there all the same, so the next try looks for it first. This call is never repeated blindly.
-                if getattr(error, "status_code", None) in (400, 404, 413, 422):
-                    self.drop(batch, self._describe(error))
-                self._raise_if_hopeless(error)
+                job_id = self._client.create_job(batch.file_id, batch.detail["model"], batch.id, self.config.batch_timeout_hours)
+            except JobRefused as error:
+                self.drop(batch, str(error))
+                raise
+            except Unanswered as error:
+                # The job may be there all the same, so it is looked for before another one is made.
                 if attempt == MOST_TRIES:
-                    raise TeacherError(f"no batch job could be made in {attempt} tries ({self._describe(error)}). The same command goes on.") from None
-                time.sleep(min(60.0, RETRY_SECONDS * 2**attempt))
+                    raise TeacherError(f"no batch job could be made in {attempt} tries ({error}). Nothing is lost; the same command goes on.") from None
+                pause(attempt)
+                attempt += 1
+                job_id = self._client.find_job(batch.id, batch.detail["planned_at"])
         self._hook("job_created")
         self._store.update(batch, "created", job_id=job_id)
         self._hook("job_recorded")
         print(f"batch: job {job_id} with {batch.detail['num_requests']} requests to {batch.detail['model']}", flush=True)
-
-    def _create(self, batch: Batch) -> str:
-        values = {"model": batch.detail["model"], "metadata": {METADATA_KEY: batch.id}, "timeout_hours": self.config.batch_timeout_hours}
-        return self._client.batch.jobs.create(endpoint=ENDPOINT, input_files=[batch.file_id], **values).id
-
-    def _find_job(self, batch: Batch) -> str | None:
-        """The job that carries the batch's id. The client's filter by metadata is no documented parameter of the API, so all jobs since are looked at."""
-        since = datetime.fromtimestamp(batch.detail["planned_at"], UTC) - timedelta(days=1)
-        for wait in ORPHAN_WAITS:
-            time.sleep(wait)
-            page = 0
-            while found := self._client.batch.jobs.list(page=page, page_size=100, created_after=since).data:
-                for job in found:
-                    if isinstance(job.metadata, dict) and job.metadata.get(METADATA_KEY) == batch.id:
-                        return job.id
-                page += 1
-        return None
 
     def poll(self, batch: Batch) -> None:
         """Wait until the batch's job has ended."""
@@ -239,7 +197,7 @@ class BatchJobs:
             return
         wait, seen = min(FIRST_POLL_SECONDS, self.config.batch_poll_seconds), ""
         while True:
-            job = self._try(lambda: self._get(batch))
+            job = self._client.get_job(batch.job_id)
             if job is None or job.status in ENDED:
                 break
             if job.status != seen:
@@ -256,14 +214,6 @@ class BatchJobs:
             self._store.update(batch, "ended", status=str(job.status), errors=errors, **files)
         self._hook("end_recorded")
 
-    def _get(self, batch: Batch) -> "BatchJob | None":
-        try:
-            return self._client.batch.jobs.get(job_id=batch.job_id)
-        except _failures() as error:
-            if getattr(error, "status_code", None) == 404:
-                return None
-            raise
-
     def take(self, batch: Batch) -> None:
         """Store the results of an ended job, and free the requests that have none. Raises TeacherError if the job was cancelled."""
         status = batch.detail["status"]
@@ -273,7 +223,7 @@ class BatchJobs:
             file_id = batch.detail.get(f"{kind}_file")
             if file_id:
                 path = self._store.path(batch, f"{kind}.jsonl")
-                is_there = self._try(lambda file_id=file_id, path=path: self._download(file_id, path))
+                is_there = self._client.download(file_id, path)
                 self._hook(f"{kind}_downloaded")
                 is_whole = is_whole and is_there
                 if is_there:
@@ -297,22 +247,6 @@ class BatchJobs:
         if status == "SUCCESS":
             return "lose", "no_result", "the batch job ended without a result for it"
         return "fail", f"job_{status.lower()}", f"the batch job ended with {status}" + (f": {errors}" if errors else "")
-
-    def _download(self, file_id: str, path: Path) -> bool:
-        """Copy a file of results; False if the server has it no more."""
-        try:
-            response = self._client.files.download(file_id=file_id)
-        except _failures() as error:
-            if getattr(error, "status_code", None) in (404, 410):
-                return False
-            raise
-
-        def copy(aside: Path) -> None:
-            with open(aside, "wb") as file:
-                file.writelines(response.iter_bytes())
-
-        write_atomic(path, copy)
-        return True
 
     def _take_lines(self, batch: Batch, path: Path) -> None:
         with open(path, "rb") as file:  # bytes, since a text's lines also end at characters that stand inside JSON strings
@@ -362,44 +296,12 @@ class BatchJobs:
         for batch in self._list_mine():
             if not self._store.lock(batch):
                 raise TeacherError(f"another process is working on a batch job of {self.run}; wait for it, or end it.")
-            if batch.detail["server"] != self._server:
+            if batch.detail["server"] != self._client.server:
                 raise TeacherError(f"{self.run} has a batch job at {batch.detail['server']}; take its results with that --base-url first.")
         return self._list_mine()
 
     def _list_mine(self) -> list[Batch]:
         return [batch for batch in self._store.list_open() if batch.run == self.run or batch.id in self._adopted]
-
-    def _try(self, call: Callable[[], object]) -> object:
-        """The result of a call that may be repeated. Raises TeacherError when it keeps failing or cannot succeed."""
-        for attempt in range(1, MOST_TRIES + 1):
-            try:
-                return call()
-            except _failures() as error:
-                self._raise_if_hopeless(error)
-                if attempt == MOST_TRIES:
-                    reason = f"{self.config.base_url} does not answer in {attempt} tries ({self._describe(error)})"
-                    raise TeacherError(f"{reason}. Nothing is lost; the same command goes on with its batch jobs.") from None
-            time.sleep(min(60.0, RETRY_SECONDS * 2**attempt))
-        raise AssertionError("unreachable")
-
-    def _raise_if_hopeless(self, error: Exception) -> None:
-        status = getattr(error, "status_code", None)
-        if status in (401, 403):
-            raise TeacherError(f"{self.config.base_url} refuses the API key (HTTP {status}). Check {KEY_VARIABLE}; batch jobs and replies are kept.") from None
-        if status in range(400, 500) and status not in (408, 425, 429):
-            raise TeacherError(f"{self.config.base_url} refuses the batch ({self._describe(error)}). Check --model; replies are kept.") from None
-
-    def _describe(self, error: Exception) -> str:
-        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        return text.replace(self._key, "***")[:300]
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    """What the official client raises when a call fails: a status, a reply that it cannot read, or its HTTP library's errors."""
-    import httpx2
-    from mistralai.client.errors import MistralError, NoResponseError
-
-    return MistralError, NoResponseError, httpx2.TransportError
 
 
 def _to_line(request: Request) -> bytes:

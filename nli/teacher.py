@@ -357,13 +357,13 @@ class Teacher:
                 data, reply, failure = None, None, None
                 try:
                     answer = await self._ledger.call("send", key, n, reserve)
-                    if answer[0] == "go":
-                        number = await self._limiter.renew(number, likely_most)  # the ledger may have been away for a while
                     sent_at = time.monotonic()
                     if answer[0] == "go":
+                        number = await self._limiter.renew(number, likely_most)  # the ledger may have been away
+                        sent_at = time.monotonic()
                         self.tally.calls += 1
                         data, reply, failure = await self._call(body)
-                except BaseException:  # the ledger is gone, or this task is cancelled
+                except BaseException:
                     self._limiter.end(Ended(number, likely_most, "unknown"))
                     raise
             seconds = time.monotonic() - sent_at

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from nli import batch_api
+from nli import batch_client
 from nli.batch_mode import ask_in_batches
 from nli.ledger import Ledger, LedgerReader
 from nli.parsing import ParseStatus
@@ -66,7 +66,7 @@ def main(arguments: dict) -> None:
         if step == arguments.get("kill_at") and seen.count(step) == arguments.get("nth", 1):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    batch_api.ORPHAN_WAITS = (0.0, 0.05)
+    batch_client.ORPHAN_WAITS = (0.0, 0.05)
     config = make_config(arguments["base_url"], **arguments.get("config", {}))
     result = run_batches(Path(arguments["folder"]), config, arguments["num_rows"], hook)
     print(json.dumps(result | {"steps": seen}))

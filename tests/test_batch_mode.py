@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.teacher_server import start_teacher_server
-from nli import batch_api
+from nli import batch_client
 from nli.batch_mode import refuse_open_batches
 from nli.batch_store import BatchStore
 from nli.errors import ConfigError, TeacherError
@@ -40,8 +40,8 @@ def server(calm):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(batch_api, "ORPHAN_WAITS", (0.0, 0.05))
-    monkeypatch.setattr(batch_api, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(batch_client, "ORPHAN_WAITS", (0.0, 0.05))
+    monkeypatch.setattr(batch_client, "RETRY_SECONDS", 0.01)
     return tmp_path / "ledger"
 
 

@@ -19,7 +19,7 @@ BANDS = {
     "workbench": {
         *("config", "storage", "examples", "runs", "cluster", "metrics", "figures", "report", "row_checks", "check_report"),
         *("chat_api", "ledger", "limiter", "services", "worklist", "prices", "token_counts"),
-        *("teacher", "progress", "estimates", "generation", "batch_api", "batch_store", "batch_mode"),
+        *("teacher", "progress", "estimates", "generation", "batch_api", "batch_client", "batch_store", "batch_mode"),
     },
     "model": {"tokenization", "model", "checkpoints", "engines", "preflight"},
     "stages": {"thoughts", "reflections", "sft_data", "sft", "sweep", "inference", "evaluation", "data_checks", "pipeline"},
