@@ -235,6 +235,17 @@ def test_a_commit_that_took_longer_than_the_lease_kills_nobody_who_waited_for_it
     assert bench.claim("b") == ("wait",)
 
 
+def test_a_clock_that_is_set_back_makes_no_dead_worker_immortal(bench):
+    bench.claim("dead")
+    bench.claim("a", key=REPAIR)
+    bench.clock.now -= 3600
+    for _ in range(3):
+        bench.post("a", "beat")
+        bench.clock.now += 5
+    assert bench.claim("b") == ("go", 0)
+    assert bench.claim("b", key=REPAIR) == ("wait",)
+
+
 def test_a_late_reply_is_kept_and_what_was_held_for_it_becomes_its_cost(bench):
     bench.ledger.begin_run(RUN, 1000)
     bench.claim("a")
@@ -518,6 +529,8 @@ def test_a_ledger_that_another_machine_has_open_is_refused_and_one_it_left_is_ta
     monkeypatch.setattr("nli.ledger._this_host", lambda: "here 5678")
     with pytest.raises(StorageError, match=r"the ledger is in use on elsewhere; run the job on that machine's cluster, or give another --ledger-dir\."):
         Ledger(tmp_path)
+    with pytest.raises(StorageError, match="the ledger is in use on elsewhere"):
+        LedgerReader(tmp_path)
     monkeypatch.setattr("nli.ledger._this_host", lambda: "container 1234")  # another name, the same kernel
     Ledger(tmp_path).close()
     there.close()
