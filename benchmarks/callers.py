@@ -15,9 +15,10 @@ from pathlib import Path
 
 from nli.chat_api import chat_url, read_reply
 from nli.ledger import Ledger, LedgerReader, new_owner
+from nli.limiter_client import LimiterClient
 from nli.parsing import ParseStatus, parse_reply
 from nli.prompts import TEACHER_PROMPTS
-from nli.services import GroupCommit, LedgerClient, LimiterClient
+from nli.services import GroupCommit, LedgerClient
 from nli.teacher import Teacher, TeacherConfig, build_body
 
 MODEL = "ministral-8b-2512"

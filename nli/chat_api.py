@@ -176,9 +176,14 @@ def read_reply(data: bytes) -> Reply:
             text = "".join(chunk.get("text", "") for chunk in text if chunk.get("type") == "text")
         if text is not None and not isinstance(text, str):
             raise TypeError
-        return Reply(_mend(text or ""), choice.get("finish_reason"), body.get("model", ""), usage.get("prompt_tokens"), usage.get("completion_tokens"))
+        counts = [_as_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
+        return Reply(_mend(text or ""), choice.get("finish_reason"), body.get("model", ""), *counts)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         raise CallFailed("the body of the reply is not a chat completion", "no_completion", retryable=True, is_ambiguous=True) from None
+
+
+def _as_count(value: object) -> int | None:
+    return value if isinstance(value, int) and value >= 0 else None
 
 
 def _mend(text: str) -> str:
@@ -207,7 +212,7 @@ def _error_message(data: bytes) -> str:
         message = inner.get("message") or inner.get("detail") or inner
     except (ValueError, AttributeError):
         message = data.decode("utf-8", "replace").strip() or "no message"
-    text = message if isinstance(message, str) else json.dumps(message)
+    text = _mend(message) if isinstance(message, str) else json.dumps(message)
     return text if len(text) <= 200 else text[:197] + "..."
 
 

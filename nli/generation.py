@@ -25,12 +25,13 @@ from nli.cluster import connected, spread
 from nli.errors import NLIError, TeacherError
 from nli.estimates import describe_estimate, estimate_run
 from nli.ledger import Ledger, LedgerReader, new_owner
+from nli.limiter_client import LimiterClient
 from nli.parsing import ParseStatus
 from nli.prices import NANO
 from nli.progress import LiveProgress
 from nli.prompts import TEACHER_PROMPTS, Prompt
 from nli.runs import manifest_beside, start_run
-from nli.services import LedgerClient, LimiterClient, post_to_actor, start_ledger_service, start_limiter_service, sync_with_actor
+from nli.services import LedgerClient, post_to_actor, start_ledger_service, start_limiter_service, sync_with_actor
 from nli.storage import dump_line, resolve_output, write_atomic
 from nli.teacher import Outcome, Teacher, TeacherConfig, check_teacher, describe_requests, first_key, read_outcomes, settle_key_file
 from nli.worklist import Worklist

@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from nli.errors import StorageError
 
@@ -125,16 +125,7 @@ class Ledger:
         self._changes: dict[str, Counter] = {}  # of runs' sums in this transaction
         self._budgets: dict[str, tuple] = {}  # of runs, as this transaction found them
         self._swept: dict[str, float] = {}  # when a run was last searched for the sends of dead owners
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock_for_host(folder)
-        except OSError as error:
-            raise StorageError(f"{folder}: the ledger cannot be kept there ({error.strerror}).") from None
-        try:
-            self._db = connect(self.path)
-        except StorageError:
-            self._lock.close()
-            raise
+        self._lock, self._db = _open(folder)
 
     def close(self) -> None:
         """Close the file. What was committed is on disk already."""
@@ -203,15 +194,16 @@ class Ledger:
             raise StorageError(f"{self.path}: cannot be written ({error}). Free space or mend the disk; what was stored before is kept.") from None
 
     def _beat(self, owner: str, now: float) -> None:
-        if now - self._beats.get(owner, 0) > self.lease_seconds / 10:
+        if abs(now - self._beats.get(owner, 0)) > self.lease_seconds / 10:
             self._beats[owner] = now
             self._db.execute("INSERT OR REPLACE INTO owners VALUES (?, ?)", (owner, now))
 
     def _is_alive(self, owner: str, now: float) -> bool:
-        if owner.startswith(BATCH_OWNER) or now - self._heard.get(owner, -math.inf) < self.lease_seconds:
+        # A beat far ahead of the clock is one from before the clock was set back.
+        if owner.startswith(BATCH_OWNER) or abs(now - self._heard.get(owner, -math.inf)) < self.lease_seconds:
             return True
         beat = self._db.execute("SELECT beat FROM owners WHERE owner = ?", (owner,)).fetchone()
-        return beat is not None and now - beat[0] < self.lease_seconds
+        return beat is not None and abs(now - beat[0]) < self.lease_seconds
 
     def _open_run(self, run: str) -> None:
         if run not in self._runs:
@@ -283,11 +275,11 @@ class Ledger:
         if found.state == "sent":
             self._mark_ambiguous(key, found.run, found.reserved, *LOST_WORKER, "ambiguous", now)
             found = self._find(key)
+        if found.state == "failed":
+            self._add(found.run, failed=-1)
         if found.is_unsure and policy == "hold":
             self._db.execute("UPDATE requests SET state = 'ambiguous' WHERE key = ?", (key,))
             return ("held", found.problem)
-        if found.state == "failed":
-            self._add(found.run, failed=-1)
         if found.run != run:
             # What the last send may have cost stays with its run, whatever becomes of it.
             self._open_run(run)
@@ -357,17 +349,18 @@ class Ledger:
 
     def _fail(self, owner: str, now: float, key: bytes, n: int, kind: str, problem: str, is_final: bool) -> tuple:
         found = self._find(key)
-        is_unsent = found is not None and found.state == "claimed" and is_final and n in (found.sends, found.sends + 1)
-        if found is None or found.owner != owner or not (found.sends == n or is_unsent):
+        if found is None or found.owner != owner:
             return ("ok",)
+        is_unsent = found.state == "claimed" and is_final and n in (found.sends, found.sends + 1)  # given up: an earlier send stays what it is
+        if not is_unsent and (found.sends != n or found.state not in ("sent", "ambiguous")):
+            return ("ok",)
+        state = "failed" if is_final else "claimed"
+        self._db.execute("UPDATE requests SET state = ?, kind = ?, problem = ?, ended_at = ? WHERE key = ?", (state, kind, problem, now, key))
         if found.state == "sent":
+            self._db.execute("UPDATE requests SET reserved = 0 WHERE key = ?", (key,))
             self._add(found.run, reserved=-found.reserved)
         elif found.state == "ambiguous":  # it was taken for lost
             self._resolve(found)
-        elif not is_unsent:
-            return ("ok",)
-        state = "failed" if is_final else "claimed"
-        self._db.execute("UPDATE requests SET state = ?, reserved = 0, kind = ?, problem = ?, ended_at = ? WHERE key = ?", (state, kind, problem, now, key))
         self._add(found.run, failed=int(is_final))
         return ("ok",)
 
@@ -421,12 +414,13 @@ class LedgerReader:
         self.path = folder / "ledger.sqlite"
         if not self.path.exists():
             raise StorageError(f"{self.path}: no ledger there.")
-        self._db = connect(self.path)  # a reader of a WAL database needs to write its -shm file
+        self._lock, self._db = _open(folder)  # a reader of a WAL database writes its -shm file, and so must be of the same host
         self._db.execute("PRAGMA query_only=ON")
 
     def close(self) -> None:
         """Close the file."""
         self._db.close()
+        self._lock.close()
 
     def read_totals(self, run: str) -> Totals:
         """A run's sums."""
@@ -474,7 +468,21 @@ def _read_reply(db: sqlite3.Connection, reply_id: int) -> bytes:
     return db.execute("SELECT body FROM replies WHERE id = ?", (reply_id,)).fetchone()[0]
 
 
-def _lock_for_host(folder: Path):
+def _open(folder: Path) -> tuple[TextIO, sqlite3.Connection]:
+    """A folder's ledger, with the lock that keeps other hosts from it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock_for_host(folder)
+    except OSError as error:
+        raise StorageError(f"{folder}: the ledger cannot be kept there ({error.strerror}).") from None
+    try:
+        return lock, connect(folder / "ledger.sqlite")
+    except StorageError:
+        lock.close()
+        raise
+
+
+def _lock_for_host(folder: Path) -> TextIO:
     """A shared lock that all processes of one host can hold, and none of another."""
     file = open(folder / "host.lock", "a+", encoding="utf-8")  # noqa: SIM115  (held while the ledger is open)
     me = _this_host()

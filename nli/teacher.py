@@ -26,10 +26,11 @@ from nli.config import Count, CountOrZero, NonNegative, Positive, config_class
 from nli.errors import ConfigError, TeacherError
 from nli.ledger import Entry, LedgerReader, encode_body, request_key
 from nli.limiter import Ended, Limits
+from nli.limiter_client import LimiterClient
 from nli.parsing import Parsed, ParseStatus, parse_reply
 from nli.prices import Price, find_price, require_price
 from nli.prompts import Prompt
-from nli.services import LedgerClient, LimiterClient
+from nli.services import LedgerClient
 from nli.token_counts import bound_messages, load_token_counter
 
 MAX_WAIT_SECONDS = 60.0

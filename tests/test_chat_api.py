@@ -12,7 +12,7 @@ from email.utils import formatdate
 import pytest
 from chat_server import KEY, Answer, with_server
 
-from nli.chat_api import CallFailed, ChatClient, Reply, Unreachable, chat_url, check_reachable, read_api_key
+from nli.chat_api import CallFailed, ChatClient, Reply, Unreachable, chat_url, check_reachable, read_api_key, read_reply
 from nli.errors import TeacherError
 from nli.ledger import encode_body
 
@@ -252,3 +252,13 @@ def test_half_of_a_surrogate_pair_in_a_reply_becomes_the_sign_for_no_character()
     answer = read_reply(rb'{"choices": [{"message": {"content": "a \ud83d\udc15 b \ud83d c \udc15"}}]}')
     assert answer.text == "a 🐕 b \ufffd c \ufffd"
     assert answer.text.encode()
+
+
+def test_an_error_with_half_of_a_surrogate_pair_can_be_stored():
+    assert str(failure_of(Answer(status=400, body=r'{"message": "bad \ud83d"}'))) == "HTTP 400: bad \ufffd"
+
+
+@pytest.mark.parametrize("usage", [{"prompt_tokens": "12", "completion_tokens": -1}, {"prompt_tokens": None}, {}])
+def test_token_counts_that_are_none_are_unknown(usage):
+    answer = read_reply(encode_body({"choices": [{"message": {"content": "x"}}], "usage": usage}))
+    assert (answer.num_prompt_tokens, answer.num_completion_tokens) == (None, None)

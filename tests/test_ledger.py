@@ -198,6 +198,18 @@ def test_hold_also_holds_what_another_policy_was_about_to_ask_again(bench):
     assert bench.totals().ambiguous_sends == 1
 
 
+def test_a_request_that_is_given_up_unsent_keeps_what_an_earlier_send_may_have_cost(bench):
+    bench.claim("a")
+    bench.send("a")
+    bench.lose("a")
+    assert [bench.fail("a", n=2, is_final=True) for _ in range(2)] == [OK, OK]
+    assert bench.totals() == Totals(failed=1, ambiguous_sends=1, held=100)
+    assert bench.claim("b", policy="hold")[0] == "held"
+    assert bench.totals() == Totals(ambiguous_sends=1, held=100)
+    bench.done("a")
+    assert bench.totals() == Totals(done=1, cost=40, prompt_tokens=3, completion_tokens=2)
+
+
 def test_a_job_at_the_server_is_never_dead(bench):
     bench.claim("batch:7")
     bench.send("batch:7")
@@ -221,6 +233,17 @@ def test_a_commit_that_took_longer_than_the_lease_kills_nobody_who_waited_for_it
     bench.ledger._clock = bench.clock
     bench.clock.now += 31
     assert bench.claim("b") == ("wait",)
+
+
+def test_a_clock_that_is_set_back_makes_no_dead_worker_immortal(bench):
+    bench.claim("dead")
+    bench.claim("a", key=REPAIR)
+    bench.clock.now -= 3600
+    for _ in range(3):
+        bench.post("a", "beat")
+        bench.clock.now += 5
+    assert bench.claim("b") == ("go", 0)
+    assert bench.claim("b", key=REPAIR) == ("wait",)
 
 
 def test_a_late_reply_is_kept_and_what_was_held_for_it_becomes_its_cost(bench):
@@ -424,6 +447,7 @@ def test_whatever_workers_do_the_sums_are_those_of_the_requests_and_the_budget_h
             assert totals.prompt_tokens == sum(row["prompt_tokens"] or 0 for row in mine)
             assert min(totals.held, totals.ambiguous_sends) >= 0
             assert totals.held == 100 * totals.ambiguous_sends
+            assert all(row["reserved"] == 100 for row in mine if row["is_unsure"] and row["state"] != "done")
             if operation[0] == "send":
                 assert totals.cost + totals.held + totals.reserved <= most
         assert sum(totals.ambiguous_sends for totals in everything) == sum(row["ambiguous_sends"] for row in rows)
@@ -505,6 +529,8 @@ def test_a_ledger_that_another_machine_has_open_is_refused_and_one_it_left_is_ta
     monkeypatch.setattr("nli.ledger._this_host", lambda: "here 5678")
     with pytest.raises(StorageError, match=r"the ledger is in use on elsewhere; run the job on that machine's cluster, or give another --ledger-dir\."):
         Ledger(tmp_path)
+    with pytest.raises(StorageError, match="the ledger is in use on elsewhere"):
+        LedgerReader(tmp_path)
     monkeypatch.setattr("nli.ledger._this_host", lambda: "container 1234")  # another name, the same kernel
     Ledger(tmp_path).close()
     there.close()

@@ -11,7 +11,7 @@ import pytest
 from simulated import simulate
 
 from nli.limiter import BREAKER_FAILURES, WORKER_LEASE_SECONDS, AccountLimiter, Ended, Grants, Limits
-from nli.services import LimiterClient
+from nli.limiter_client import LimiterClient
 
 
 class Clock:

@@ -14,7 +14,8 @@ from nli import services
 from nli.errors import StorageError
 from nli.ledger import Ledger, LedgerReader
 from nli.limiter import Ended, Limits
-from nli.services import LedgerClient, LimiterClient, account_name, post_to_actor, start_ledger_service, start_limiter_service, sync_with_actor
+from nli.limiter_client import LimiterClient
+from nli.services import LedgerClient, account_name, post_to_actor, start_ledger_service, start_limiter_service, sync_with_actor
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 LIMITS = Limits(requests_per_minute=6000.0)

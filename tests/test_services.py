@@ -13,7 +13,8 @@ from simulated import simulate
 from nli.errors import StorageError
 from nli.ledger import Ledger, LedgerReader
 from nli.limiter import AccountLimiter, Ended, Grants, Limits
-from nli.services import GATHER_SECONDS, Gatherer, GroupCommit, LedgerClient, LimiterClient, account_name
+from nli.limiter_client import LimiterClient
+from nli.services import GATHER_SECONDS, Gatherer, GroupCommit, LedgerClient, account_name
 
 
 def test_items_that_come_together_are_flushed_together_in_order_and_one_flush_runs_at_a_time():

@@ -14,9 +14,10 @@ from nli import errors
 from nli.chat_api import chat_url
 from nli.errors import ConfigError, NLIError, TeacherError
 from nli.ledger import Ledger, LedgerReader
+from nli.limiter_client import LimiterClient
 from nli.parsing import Parsed, ParseStatus
 from nli.prompts import TEACHER_PROMPTS
-from nli.services import GroupCommit, LedgerClient, LimiterClient
+from nli.services import GroupCommit, LedgerClient
 from nli.teacher import Teacher, TeacherConfig, check_teacher, describe_requests, first_key, read_outcomes
 
 PROMPT = TEACHER_PROMPTS["initial_generation"]
