@@ -72,34 +72,45 @@ def run_generation(work: Generation) -> Counter | None:
     with tempfile.TemporaryDirectory(prefix="nli-rows-") as place, Worklist(Path(place) / "rows.sqlite") as worklist:
         num_rows = worklist.fill(((row, first_key(config, work.prompt, row)) for row in work.read_rows()), work.source)
         if config.dry_run:
-            estimate = estimate_run(config, work.prompt, worklist, folder, str(work.output), _finds_done(work, folder))
+            with _finding_done(work, folder) as find_done:
+                estimate = estimate_run(config, work.prompt, worklist, folder, str(work.output), find_done)
             print(describe_estimate(config, estimate), flush=True)
             return None
         identity = describe_requests(config, work.prompt)
         record = start_run(manifest_beside(work.output), work.stage, identity, config, [work.source], has_work=work.output.exists())
-        ledger = Ledger(folder)
         try:
-            num_pending = worklist.list_pending(_finds_done(work, folder))
-            num_requests = worklist.count_requests()
-            same = f" ({num_requests} different requests)" if num_requests < num_rows else ""
-            done = num_requests - num_pending
-            print(f"{work.stage}: {num_rows} rows{same}, {done} finished already, {num_pending} to ask {config.model} for", flush=True)
-            if num_pending:
-                ledger.begin_run(str(work.output), int(config.max_cost * NANO) if config.max_cost else None)
-                if config.mode == "batch":
-                    ask_in_batches(config, work.prompt, key, str(work.output), ledger, folder, worklist.path)
-                else:
-                    refuse_open_batches(folder, worklist)
-                    _ask(work, config, key, ledger, folder, worklist, num_pending)
-            counts = _write_output(work, ledger, folder, worklist)
-            totals = ledger.read_totals(str(work.output))
-        finally:
-            ledger.close()
-    spent = {"ambiguous_sends": totals.ambiguous_sends, "repairs": totals.repairs}
-    spent |= {"cost_dollars": totals.cost / NANO, "held_dollars": totals.held / NANO} if config.price() else {}
+            with contextlib.closing(Ledger(folder)) as ledger:
+                counts, spent = _ask_and_write(work, config, key, ledger, folder, worklist, num_rows)
+        except BaseException:
+            record.stop(record.manifest["counts"])
+            raise
     record.finish({**counts, "spent": spent})
     _refuse_failed(work, counts)
     return counts
+
+
+def _ask_and_write(
+    work: Generation, config: TeacherConfig, key: str, ledger: Ledger, folder: Path, worklist: Worklist, num_rows: int
+) -> tuple[Counter, dict]:
+    """Steps 2 and 3; returns the counts of the output's rows and what the run has spent, earlier attempts included."""
+    run = str(work.output)
+    with _finding_done(work, folder) as find_done:
+        num_pending = worklist.list_pending(find_done)
+    num_requests = worklist.count_requests()
+    same = f" ({num_requests} different requests)" if num_requests < num_rows else ""
+    done = num_requests - num_pending
+    print(f"{work.stage}: {num_rows} rows{same}, {done} finished already, {num_pending} to ask {config.model} for", flush=True)
+    if num_pending:
+        ledger.begin_run(run, int(config.max_cost * NANO) if config.max_cost else None)
+        if config.mode == "batch":
+            ask_in_batches(config, work.prompt, key, run, ledger, folder, worklist.path)
+        else:
+            refuse_open_batches(folder, worklist)
+            _ask(work, config, key, ledger, folder, worklist, num_pending)
+    counts = _write_output(work, ledger, folder, worklist)
+    totals = ledger.read_totals(run)
+    spent = {"ambiguous_sends": totals.ambiguous_sends, "repairs": totals.repairs}
+    return counts, spent | ({"cost_dollars": totals.cost / NANO, "held_dollars": totals.held / NANO} if config.price() else {})
 
 
 def _ask(work: Generation, config: TeacherConfig, key: str, ledger: Ledger, folder: Path, worklist: Worklist, num_pending: int) -> None:
@@ -140,12 +151,14 @@ class Asker:
         return slices
 
 
-def _finds_done(work: Generation, folder: Path) -> Callable[[list[bytes]], set[bytes]]:
+@contextlib.contextmanager
+def _finding_done(work: Generation, folder: Path) -> Iterator[Callable[[list[bytes]], set[bytes]]]:
     """A function that picks, from keys of first requests, those that need no call any more."""
     if not (folder / "ledger.sqlite").exists():
-        return lambda keys: set()
-    reader = LedgerReader(folder)
-    return lambda keys: {key for key, (_, is_complete) in read_outcomes(work.prompt, reader, keys, work.config.repair_invalid).items() if is_complete}
+        yield lambda keys: set()
+        return
+    with contextlib.closing(LedgerReader(folder)) as reader:
+        yield lambda keys: {key for key, (_, is_complete) in read_outcomes(work.prompt, reader, keys, work.config.repair_invalid).items() if is_complete}
 
 
 def _write_output(work: Generation, ledger: Ledger, folder: Path, worklist: Worklist) -> Counter:

@@ -47,8 +47,9 @@ class Run:
         self._lock.close()
 
     def stop(self, counts: Mapping) -> None:
-        """Record an attempt that ends before the work does."""
+        """Record an attempt that ends before the work does, and let others at the output."""
         self._save(counts)
+        self._lock.close()
 
     def _save(self, counts: Mapping) -> None:
         self.manifest["attempts"][-1]["seconds"] = round(time.monotonic() - self._clock, 2)
