@@ -319,12 +319,25 @@ class Ledger:
         found = self._find(key)
         if found is not None and found.state == "sent" and found.owner == owner:
             return ("go", found.sends)  # repeated: a worker has one call of a request under way at most
+        if found is None and parent is None and self._open_new(owner, now, key, run, reserve):
+            return ("go", 1)
         claimed = self._claim(owner, now, key, run, policy, parent)
         if claimed[0] != "go":
             return claimed
         n = claimed[1] + 1
         sent = self._send(owner, now, key, n, reserve)
         return ("go", n) if sent[0] == "go" else sent
+
+    def _open_new(self, owner: str, now: float, key: bytes, run: str, reserve: int) -> bool:
+        """The common case of `_open` in one step: a request that the ledger does not know, and room for it in the budget."""
+        self._open_run(run)
+        max_cost, halted, spent, reserved = self._read_budget(run)
+        if halted is not None or (max_cost is not None and spent + reserved + reserve > max_cost):
+            return False
+        insert = "INSERT INTO requests (key, run, state, owner, sends, reserved, claimed_at, sent_at) VALUES (?, ?, 'sent', ?, 1, ?, ?, ?)"
+        self._db.execute(insert, (key, run, owner, reserve, now, now))
+        self._add(run, reserved=reserve)
+        return True
 
     def _done(self, owner: str, now: float, key: bytes, n: int, reply: bytes, num_prompt_tokens: int, num_completion_tokens: int, cost: int) -> tuple:
         found = self._find(key)

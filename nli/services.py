@@ -85,10 +85,10 @@ class GroupCommit:
 class LedgerClient:
     """One worker's way to the ledger. `post` is `GroupCommit.post` or an actor's."""
 
-    def __init__(self, post: Callable[[str, Sequence[Operation]], Awaitable[list[tuple]]], owner: str) -> None:
+    def __init__(self, post: Callable[[str, Sequence[Operation]], Awaitable[list[tuple]]], owner: str, gather_seconds: float = GATHER_SECONDS) -> None:
         self.owner = owner
         self._post = post
-        self._gatherer = Gatherer(lambda operations: self._post(self.owner, operations))
+        self._gatherer = Gatherer(lambda operations: self._post(self.owner, operations), gather_seconds)
         self._beating: asyncio.Task | None = None
         self._num_open = 0
 
