@@ -27,7 +27,7 @@ from benchmarks.ray_run import run_stage
 from benchmarks.teacher_server import start_teacher_server
 
 WAYS = ("bare", "sdk", "teacher", "ray")
-IN_FLIGHT = 64
+IN_FLIGHT = 128
 WORKERS = 2
 NAMES = {
     "bare": "bare aiohttp loop",

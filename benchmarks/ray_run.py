@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.callers import make_row
 from benchmarks.teacher_server import RunningServer
 
-ROLES = {"MapBatches(Asker)": "worker", "Asker": "worker", "LedgerService": "ledger", "LimiterService": "limiter"}
+ROLES = {"MapWorker(": "worker", "LedgerService": "ledger", "LimiterService": "limiter"}
 SAMPLE_SECONDS = 0.5
 
 

@@ -105,6 +105,7 @@ def connect(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA cache_size=-8000")
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA wal_autocheckpoint=4000")  # pages: keys are hashes, so a checkpoint writes to most of the file
         for statement in _SCHEMA.split(";"):  # each a transaction of its own, and none where the table is there
             connection.execute(statement)
         return connection
@@ -316,6 +317,8 @@ class Ledger:
         return ("go",)
 
     def _open(self, owner: str, now: float, key: bytes, run: str, policy: str, parent: bytes | None, reserve: int) -> tuple:
+        if parent is None and self._open_new(owner, now, key, run, reserve):
+            return ("go", 1)
         found = self._find(key)
         if found is not None and found.state == "sent" and found.owner == owner:
             return ("go", found.sends)  # repeated: a worker has one call of a request under way at most
@@ -325,6 +328,18 @@ class Ledger:
         n = claimed[1] + 1
         sent = self._send(owner, now, key, n, reserve)
         return ("go", n) if sent[0] == "go" else sent
+
+    def _open_new(self, owner: str, now: float, key: bytes, run: str, reserve: int) -> bool:
+        """The common case of `_open` in one statement: a request that the ledger does not know, and room for it in the budget."""
+        self._open_run(run)
+        max_cost, halted, spent, reserved = self._read_budget(run)
+        if halted is not None or (max_cost is not None and spent + reserved + reserve > max_cost):
+            return False
+        insert = "INSERT OR IGNORE INTO requests (key, run, state, owner, sends, reserved, claimed_at, sent_at) VALUES (?, ?, 'sent', ?, 1, ?, ?, ?)"
+        if not self._db.execute(insert, (key, run, owner, reserve, now, now)).rowcount:
+            return False
+        self._add(run, reserved=reserve)
+        return True
 
     def _done(self, owner: str, now: float, key: bytes, n: int, reply: bytes, num_prompt_tokens: int, num_completion_tokens: int, cost: int) -> tuple:
         found = self._find(key)

@@ -8,6 +8,7 @@ Budgets add up hundreds of thousands of such costs, so they are integers: sums d
 
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import lru_cache
 from math import isfinite
 
 from nli.config import nearest
@@ -79,6 +80,7 @@ def require_price(model: str) -> Price:
     raise ConfigError(f"no price is known for model {model!r} (table of {PRICES_DATE}).{hint} Give the price itself, in dollars per million tokens.")
 
 
+@lru_cache(maxsize=64)  # asked for every call's tokens
 def to_nanodollars(dollars: float) -> int:
     """Dollars, as a person writes them, in whole nano-dollars: 0.15 is 150,000,000."""
     return int(Decimal(str(dollars)) * NANO)

@@ -14,7 +14,6 @@ import os
 import time
 import warnings
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
@@ -67,11 +66,13 @@ class Gatherer:
 
 
 class GroupCommit:
-    """A Ledger on an event loop: what owners post is committed by one thread, many posts to a flush."""
+    """A Ledger on an event loop: many posts to a flush.
+
+    A flush holds up the loop: whoever shares it waits for the disk anyway, and a thread would take longer to get its turn than the disk takes.
+    """
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         self._gatherer = Gatherer(self._commit, gather_seconds=0)  # what workers post has been gathered already
 
     async def post(self, owner: str, operations: Sequence[Operation]) -> list[tuple]:
@@ -79,16 +80,16 @@ class GroupCommit:
         return await self._gatherer.submit((owner, operations))
 
     async def _commit(self, posts: list) -> list:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self.ledger.commit, posts)
+        return self.ledger.commit(posts)
 
 
 class LedgerClient:
     """One worker's way to the ledger. `post` is `GroupCommit.post` or an actor's."""
 
-    def __init__(self, post: Callable[[str, Sequence[Operation]], Awaitable[list[tuple]]], owner: str) -> None:
+    def __init__(self, post: Callable[[str, Sequence[Operation]], Awaitable[list[tuple]]], owner: str, gather_seconds: float = GATHER_SECONDS) -> None:
         self.owner = owner
         self._post = post
-        self._gatherer = Gatherer(lambda operations: self._post(self.owner, operations))
+        self._gatherer = Gatherer(lambda operations: self._post(self.owner, operations), gather_seconds)
         self._beating: asyncio.Task | None = None
         self._num_open = 0
 

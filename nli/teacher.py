@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 from pydantic import Field
 
@@ -408,11 +408,16 @@ class Teacher:
 
     async def _stop_if_no_call_may_go(self, answer: tuple) -> None:
         if answer[0] == "halted":
-            raise TeacherError(answer[1])
+            self._stop(answer[1])
         if answer[0] == "over":
             reason = f"--max-cost {self.config.max_cost:g} is used up: the next call could exceed it. Replies are kept; a larger --max-cost goes on from here."
             await self._ledger.call("halt", self.run, reason)
-            raise TeacherError(reason)
+            self._stop(reason)
+
+    def _stop(self, reason: str) -> NoReturn:
+        """End this worker's part of the run: what still waits is not put to the ledger, row by row, to hear the same."""
+        self._stopped = TeacherError(reason)
+        raise self._stopped
 
     async def _give_up_if_hopeless(self, failure: CallFailed, attempt: int) -> None:
         reason = None
@@ -423,7 +428,7 @@ class Teacher:
             reason = f"{failure} in {attempt} tries. Check --base-url and the network; replies are kept, and the same command goes on."
         if reason:
             await self._ledger.call("halt", self.run, reason)
-            raise TeacherError(reason)
+            self._stop(reason)
 
     def _likely_most_tokens(self, messages: Sequence[Mapping], bound: int) -> int:
         """What the limiter takes a prompt for: its real count and a tenth where the model's tokenizer is known, since the bound is several times that."""

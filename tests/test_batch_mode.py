@@ -1,9 +1,11 @@
 """Batch mode through the official client, against a server that bills: no job made twice, no result lost, only what failed asked again."""
 
 import json
+import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -233,3 +235,44 @@ def test_a_kill_after_any_step_makes_no_job_twice_and_loses_no_result(server, fo
     assert BatchStore(folder).list_open() == []
     assert list((folder / "batches").iterdir()) == []
     ledger.close()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("step", STEPS)
+def test_a_kill_while_replies_are_repaired_asks_no_repair_twice(server, folder, step):
+    server.change(faults={"content_rate": 0.3, "content_kinds": ["wrong_schema", "length"]})
+    calm = run_batches(folder.with_name("calm"), make_config(server.base_url, batch_max_requests=100), NUM_ROWS)
+    num_billed = server.bill()["billed"]
+    server.forget_batches()
+    server.reset_bill()
+    killed = _run_process(folder, server, kill_at=step, nth=2, config={"batch_max_requests": 100})  # the second job is the one of the repairs
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    result = json.loads(_run_process(folder, server, config={"batch_max_requests": 100}).stdout.splitlines()[-1])
+    assert result["answers"] == calm["answers"]
+    assert result["totals"]["repairs"] == calm["totals"]["repairs"] == num_billed - NUM_REQUESTS
+    assert (server.bill()["billed"], server.bill()["repeated"], len(_jobs(server))) == (num_billed, 0, 2)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("seed", range(8))
+def test_kills_at_random_moments_make_no_job_twice_and_lose_no_result(server, folder, seed):
+    server.change(faults={"batch_rate": 0.2, "content_rate": 0.1}, latency_seconds=0.0)
+    calm = run_batches(folder.with_name("calm"), make_config(server.base_url), NUM_ROWS)
+    num_billed = server.bill()["billed"]
+    server.forget_batches()
+    server.reset_bill()
+    chance = random.Random(seed)
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-m", "tests.batch_worker", json.dumps({"folder": str(folder), "base_url": server.base_url, "num_rows": NUM_ROWS})]
+    for _ in range(3):
+        process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(chance.uniform(0.4, 1.6))
+        process.kill()
+        process.wait()
+    resumed = _run_process(folder, server)
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads(resumed.stdout.splitlines()[-1])["answers"] == calm["answers"]
+    bill = server.bill()
+    assert (bill["billed"], bill["repeated"]) == (num_billed, 0)
+    ids = [job["metadata"]["nli_batch"] for job in bill["batch"]["jobs"]]
+    assert len(set(ids)) == len(ids)

@@ -3,6 +3,7 @@
 python -m pytest tests/test_teacher.py
 """
 
+import asyncio
 import pickle
 import socket
 import traceback
@@ -301,6 +302,29 @@ def test_the_rows_that_were_answered_before_a_key_is_refused_are_in_the_ledger_a
     assert len(caught.value.server.calls) == 2
     outcomes, server = ask(Answer(text=GOOD), rows=many(5))
     assert ([outcome.status for outcome in outcomes], len(server.calls)) == (["ok"] * 5, 4)
+
+
+def test_a_run_that_was_halted_ends_without_asking_the_ledger_about_every_row(folder):
+    async def run():
+        ledger = Ledger(folder)
+        ledger.begin_run(RUN, None)
+        ledger.commit([("driver", [("halt", RUN, "stopped from outside")])])
+        commits, asked = GroupCommit(ledger), []
+
+        async def post(owner, operations):
+            asked.extend(operation for operation in operations if operation[0] == "open")
+            return await commits.post(owner, operations)
+
+        config = TeacherConfig(base_url="http://127.0.0.1:9", max_in_flight=4)
+        teacher = Teacher(config, PROMPT, KEY, RUN, LedgerClient(post, "worker"), LimiterClient(None, "worker", config.limits()))
+        for _ in range(2):
+            with pytest.raises(TeacherError, match="^stopped from outside$"):
+                await teacher.ask_all(many(500))
+        await teacher.close()
+        ledger.close()
+        return len(asked)
+
+    assert asyncio.run(run()) == 4
 
 
 def test_a_second_run_asks_nothing_and_reads_the_same(ask):
