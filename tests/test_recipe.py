@@ -7,7 +7,8 @@ import pytest
 
 from nli.config import load_config
 from nli.errors import ConfigError
-from nli.sft import TrainConfig, build_arguments
+from nli.recipe import TrainConfig
+from nli.training import build_arguments
 from tests.conftest import REPOSITORY
 
 

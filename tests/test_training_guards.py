@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nli import sft, sweep
+from nli import sft, sweep, training
 from nli.checkpoints import describe_model, find_best, fingerprint_tokenizer, mark_complete
 from nli.errors import ConfigError, DataError, ModelError, NLIError, ResumeError, StorageError
 from nli.sft import FitPlan, TrainConfig
@@ -159,10 +159,10 @@ def test_the_best_checkpoint_is_found_where_it_lies_now_or_missed_by_name(tmp_pa
     assert find_best(tmp_path, tmp_path / "checkpoint-6") == tmp_path / "checkpoint-3"
     (tmp_path / "checkpoint-3/trainer_state.json").write_text("{}")
     with pytest.raises(ModelError, match=r"checkpoint-3: trainer_state.json has .* it had the best eval loss of its run"):
-        sft.find_start(tmp_path)
+        training.find_start(tmp_path)
     shutil.rmtree(tmp_path / "checkpoint-3")
     with pytest.raises(ModelError, match="checkpoint-3: no such folder; it had the best eval loss"):
-        sft.find_start(tmp_path)
+        training.find_start(tmp_path)
 
 
 def test_the_log_loses_the_steps_that_are_made_again_and_a_torn_line(tmp_path):
@@ -172,18 +172,18 @@ def test_the_log_loses_the_steps_that_are_made_again_and_a_torn_line(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3/trainer_state.json").write_text(json.dumps({"global_step": 3}))
     mark_complete(tmp_path / "checkpoint-3")
-    assert sft.find_start(tmp_path) == (tmp_path / "checkpoint-3", None)
+    assert training.find_start(tmp_path) == (tmp_path / "checkpoint-3", None)
     assert read_rows(tmp_path / "log.jsonl") == lines[:3]
     shutil.rmtree(tmp_path / "checkpoint-3")
-    assert sft.find_start(tmp_path) == (None, None)
+    assert training.find_start(tmp_path) == (None, None)
     assert (tmp_path / "log.jsonl").read_text() == ""
 
 
 def test_the_end_of_training_is_read_from_its_state():
     control = {"stateful_callbacks": {"TrainerControl": {"args": {"should_training_stop": True}}}}
-    assert sft.is_at_end({"global_step": 6, "max_steps": 6})
-    assert sft.is_at_end({"global_step": 4, "max_steps": 6, **control})
-    assert not sft.is_at_end({"global_step": 4, "max_steps": 6, "stateful_callbacks": {"TrainerControl": {"args": {"should_training_stop": False}}}})
+    assert training.is_at_end({"global_step": 6, "max_steps": 6})
+    assert training.is_at_end({"global_step": 4, "max_steps": 6, **control})
+    assert not training.is_at_end({"global_step": 4, "max_steps": 6, "stateful_callbacks": {"TrainerControl": {"args": {"should_training_stop": False}}}})
 
 
 def test_a_trial_whose_loss_was_never_finite_is_diverged_and_a_stopped_one_keeps_its_last_loss(tmp_path):
@@ -257,7 +257,7 @@ def test_a_diverged_evaluation_is_null_in_the_log_and_never_the_best(tmp_path, m
 
     reported = []
     monkeypatch.setattr(ray.train, "report", reported.append)
-    reporter = sft.build_reporter(tmp_path, None)
+    reporter = training.build_reporter(tmp_path, None)
     state = SimpleNamespace(is_world_process_zero=True, global_step=3, max_steps=6, epoch=1.0)
     reporter.on_log(None, state, None, logs={"eval_loss": math.nan, "eval_runtime": 1.5})
     assert read_rows(tmp_path / "log.jsonl") == [{"step": 3, "eval_loss": None, "eval_runtime": 1.5}]
