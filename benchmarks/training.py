@@ -10,6 +10,7 @@ step.
 
 import argparse
 import functools
+import gc
 import json
 import os
 import subprocess
@@ -228,6 +229,8 @@ def run_setting(name: str, tiny: bool) -> None:
     frozen, trained = checksum(trainer.model, False), checksum(trainer.model, True)
     if not tiny:
         torch.cuda.reset_peak_memory_stats()
+    gc.collect()
+    gc.freeze()  # as a worker does
     trainer.train()
     frozen_changed = [key for key, value in checksum(trainer.model, False).items() if frozen[key] != value]
     trained_same = [key for key, value in checksum(trainer.model, True).items() if trained[key] == value]
@@ -342,7 +345,7 @@ def run_equality(tiny: bool) -> None:
     from nli.model import add_lora, load_base
     from nli.training import read_split
 
-    device, base, low = ("cpu", str(REPOSITORY / "data/sample/tiny-mistral"), "fp32") if tiny else ("cuda:0", str(MODEL), "bf16")
+    device, base = ("cpu", str(REPOSITORY / "data/sample/tiny-mistral")) if tiny else ("cuda:0", str(MODEL))
     rows = read_split(str(rows_folder(tiny)), "train", 1024).select(range(8))
     total = sum(sum(label != -100 for label in labels) for labels in rows["labels"])
 
@@ -369,8 +372,8 @@ def run_equality(tiny: bool) -> None:
             losses.append(loss.item())
         return finish(model, losses)
 
-    def fast():
-        model = load(low, register_packed_attention())
+    def fast(dtype: str):
+        model = load(dtype, register_packed_attention())
         speed_up(model)
         (micro,) = GlobalBatches(rows, 8, 0, 1, max_tokens=100_000)[0]
         micro = {name: value.to(device) if hasattr(value, "to") else value for name, value in micro.items()}
@@ -391,14 +394,15 @@ def run_equality(tiny: bool) -> None:
             "largest_loss_difference": round((one[0] - other[0]).abs().max().item(), 6),
         }
 
-    exact, plain_low = plain("fp32"), plain(low)
-    found = fast()
+    exact, plain_low = plain("fp32"), plain("bf16")
+    fast_exact, fast_low = fast("fp32"), fast("bf16")
     record(
         setting="equality",
-        fast_and_plain=compare(plain_low, found),
-        plain_and_fp32=compare(exact, plain_low),
-        fast_and_fp32=compare(exact, found),
-        losses={"fp32": exact[0].tolist(), "plain": plain_low[0].tolist(), "fast": found[0].tolist()},
+        fp32_plain_and_fast=compare(exact, fast_exact),
+        bf16_plain_and_fast=compare(plain_low, fast_low),
+        fp32_plain_and_bf16_plain=compare(exact, plain_low),
+        fp32_plain_and_bf16_fast=compare(exact, fast_low),
+        losses={"fp32": exact[0].tolist(), "fast fp32": fast_exact[0].tolist(), "bf16": plain_low[0].tolist(), "fast bf16": fast_low[0].tolist()},
     )
 
 

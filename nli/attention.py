@@ -25,6 +25,8 @@ def register_packed_attention() -> str:
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, sliding_window=None, **kwargs):
     """Causal attention of shape (1, heads, tokens, dim) within each of the packed rows; on a GPU by flash-attn or torch's own variable-length kernel."""
+    import torch
+
     if cu_seq_lens_q is None or query.shape[0] != 1:
         positions = kwargs.get("position_ids")
         if attention_mask is None and query.shape[2] > 1 and positions is not None and bool((positions[:, 1:] == 0).any()):
@@ -33,7 +35,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, cu
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     left = -1 if sliding_window is None or sliding_window >= max_length_q else sliding_window - 1
-    if query.is_cuda:
+    if query.is_cuda and query.dtype != torch.float32:  # the kernels know no fp32
         q, k, v = (tensor.transpose(1, 2)[0] for tensor in (query, key, value))
         return _varlen(q, k, v, cu_seq_lens_q, max_length_q, scaling, left)[None], None
     return _by_row(query, key, value, cu_seq_lens_q.tolist(), scaling, left), None

@@ -7,7 +7,8 @@ Adapters: fp32 master weights, cast to the input's type where they are used, so 
 share one pass over it and one dropout mask. A layer of 4-bit weights keeps nothing for its backward pass, which dequantises them again.
 """
 
-from dataclasses import dataclass, field
+import functools
+import importlib.util
 from types import MethodType
 from typing import TYPE_CHECKING
 
@@ -32,18 +33,33 @@ def speed_up(model, adapters: bool = True, mlp: bool = True, liger: bool = True)
 # linear layers whose weights are frozen
 
 
-def read_weight(layer, dtype: "torch.dtype") -> "torch.Tensor":
-    """A linear layer's weight as a matrix (out, in) in `dtype`: 4-bit weights dequantised, others as they are."""
-    state = getattr(layer.weight, "quant_state", None)
-    if state is None:
-        return layer.weight.to(dtype)
-    import bitsandbytes.functional
+class FrozenWeight:
+    """The weight of a linear layer that is not trained. 4-bit weights are dequantised at each reading, from block scales that are unpacked once."""
 
-    return bitsandbytes.functional.dequantize_4bit(layer.weight.data, state).to(dtype)
+    def __init__(self, layer):
+        import torch
+
+        self.layer, self.weight, self.arguments = layer, layer.weight, None
+        state = getattr(layer.weight, "quant_state", None)
+        if state is None:
+            return
+        scales = state.absmax
+        if state.nested:
+            import bitsandbytes.functional
+
+            scales = (bitsandbytes.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
+        self.dequantise = torch.ops.bitsandbytes.dequantize_4bit.default
+        self.arguments = (layer.weight.data, scales, state.blocksize, state.quant_type, state.shape, state.dtype)
+
+    def read(self, dtype: "torch.dtype") -> "torch.Tensor":
+        """The matrix (out, in) in `dtype`."""
+        if self.layer._parameters["weight"] is not self.weight:  # merging an adapter puts another weight there
+            self.__init__(self.layer)
+        return (self.weight if self.arguments is None else self.dequantise(*self.arguments)).to(dtype)
 
 
 def is_frozen_linear(layer) -> bool:
-    """Whether `read_weight` can read a layer: 4-bit or plain, and not trained."""
+    """Whether `FrozenWeight` can read a layer: 4-bit or plain, and not trained."""
     import torch
 
     if type(layer).__name__ == "Linear4bit" and type(layer).__module__.startswith("bitsandbytes"):  # PEFT has a Linear4bit too
@@ -58,68 +74,65 @@ def _lora_function():
     import torch
 
     class LoraGroup(torch.autograd.Function):
-        """Outputs of linear layers that read one input: x W' + s (drop(x) A') B' for each. Layers given as None add no x W'."""
+        """Outputs of linear layers that read one input: x W' + s (drop(x) A') B' for each. Weights given as None add no x W'."""
 
         @staticmethod
-        def forward(ctx, x, layers, scalings, probability, *adapters):
-            flat = x.reshape(-1, x.shape[-1])
-            count = len(layers)
-            down = torch.cat([a.to(x.dtype) for a in adapters[:count]])
+        def forward(ctx, x, weights, biases, scalings, probability, *adapters):
+            flat, count, dtype = x.reshape(-1, x.shape[-1]), len(scalings), x.dtype
+            ranks = [a.shape[0] for a in adapters[:count]]
+            down = (torch.cat(adapters[:count]) if count > 1 else adapters[0]).to(dtype)
+            ups = [(b * scaling).to(dtype) for b, scaling in zip(adapters[count:], scalings, strict=True)]
             dropped, mask = (flat, None) if probability == 0 else torch.native_dropout(flat, probability, True)
             low = dropped @ down.t()
-            lows = low.split([a.shape[0] for a in adapters[:count]], dim=1)
             outputs = []
-            for layer, scaling, part, b in zip(layers, scalings, lows, adapters[count:], strict=True):
-                up = b.to(x.dtype).t()
-                if layer is None:
-                    out = (part @ up).mul_(scaling)
-                else:
-                    bias = None if layer.bias is None else layer.bias.to(x.dtype)
-                    out = torch.nn.functional.linear(flat, read_weight(layer, x.dtype), bias).addmm_(part, up, alpha=scaling)
+            for number, (part, up) in enumerate(zip(low.split(ranks, dim=1), ups, strict=True)):
+                if weights is None:
+                    outputs.append((part @ up.t()).view(*x.shape[:-1], up.shape[0]))
+                    continue
+                out = torch.nn.functional.linear(flat, weights[number].read(dtype), biases[number]).addmm_(part, up.t())
                 outputs.append(out.view(*x.shape[:-1], out.shape[-1]))
-            ctx.save_for_backward(flat, mask, low, *adapters)
-            ctx.layers, ctx.scalings, ctx.probability, ctx.shape = layers, scalings, probability, x.shape
+            ctx.save_for_backward(flat, mask, low, down, *ups)
+            ctx.weights, ctx.scalings, ctx.probability, ctx.shape, ctx.ranks = weights, scalings, probability, x.shape, ranks
+            ctx.kept_dtype = adapters[0].dtype
             return tuple(outputs)
 
         @staticmethod
         def backward(ctx, *gradients):
-            flat, mask, low, *adapters = ctx.saved_tensors
-            count, scale = len(ctx.layers), 1 / (1 - ctx.probability)
-            ranks = [a.shape[0] for a in adapters[:count]]
+            flat, mask, low, down, *ups = ctx.saved_tensors
+            scale = 1 / (1 - ctx.probability)
             gradients = [g.reshape(-1, g.shape[-1]) for g in gradients]
-            ups = [b.to(flat.dtype) for b in adapters[count:]]
-            d_low = torch.cat([(g @ up).mul_(s) for g, up, s in zip(gradients, ups, ctx.scalings, strict=True)], dim=1)
+            lows = [g @ up for g, up in zip(gradients, ups, strict=True)]
+            d_low = torch.cat(lows, dim=1) if len(lows) > 1 else lows[0]
             dropped = flat if mask is None else torch.ops.aten.native_dropout_backward(flat, mask, scale)
-            d_down = (d_low.t() @ dropped).split(ranks)
-            d_up = [(g.t() @ part).mul_(s) for g, part, s in zip(gradients, low.split(ranks, dim=1), ctx.scalings, strict=True)]
+            d_down = (d_low.t() @ dropped).to(ctx.kept_dtype).split(ctx.ranks)
+            parts = zip(gradients, low.split(ctx.ranks, dim=1), ctx.scalings, strict=True)
+            d_up = [(g.t() @ part).to(ctx.kept_dtype).mul_(scaling) for g, part, scaling in parts]
             d_x = None
             if ctx.needs_input_grad[0]:
-                for g, layer in zip(gradients, ctx.layers, strict=True):
-                    if layer is not None:
-                        weight = read_weight(layer, flat.dtype)
-                        d_x = g @ weight if d_x is None else d_x.addmm_(g, weight)
-                down = torch.cat([a.to(flat.dtype) for a in adapters[:count]])
+                for number, g in enumerate(gradients if ctx.weights is not None else ()):
+                    weight = ctx.weights[number].read(flat.dtype)
+                    d_x = g @ weight if d_x is None else d_x.addmm_(g, weight)
                 if mask is not None:
                     through = torch.ops.aten.native_dropout_backward(d_low @ down, mask, scale)
                     d_x = through if d_x is None else d_x.add_(through)
                 else:
                     d_x = d_low @ down if d_x is None else d_x.addmm_(d_low, down)
                 d_x = d_x.view(ctx.shape)
-            grads = [g.to(a.dtype) for g, a in zip([*d_down, *d_up], adapters, strict=True)]
-            return (d_x, None, None, None, *grads)
+            return (d_x, None, None, None, None, *d_down, *d_up)
 
     return LoraGroup
 
 
-@dataclass
 class AdapterGroup:
     """PEFT's modules that read one input. The first that is called computes for all; the others take theirs."""
 
-    modules: list
-    adapter: str
-    function: type
-    input: object = None
-    pending: dict = field(default_factory=dict)
+    def __init__(self, modules: list, function: type):
+        self.modules, self.function, self.adapter = modules, function, modules[0].active_adapters[0]
+        self.bases = [module.get_base_layer() for module in modules]
+        fused = all(map(is_frozen_linear, self.bases))
+        self.weights = [FrozenWeight(base) for base in self.bases] if fused else None
+        self.dropout = modules[0].lora_dropout[self.adapter]
+        self.input, self.pending = None, {}
 
     def forward(self, module, x):
         """The output of `module` for `x`."""
@@ -131,15 +144,16 @@ class AdapterGroup:
         return output
 
     def compute(self, x):
+        """The outputs of all modules for `x`."""
         name, modules = self.adapter, self.modules
-        bases = [module.get_base_layer() for module in modules]
-        fused = all(map(is_frozen_linear, bases))
-        dropout = modules[0].lora_dropout[name]
-        probability = getattr(dropout, "p", 0.0) if modules[0].training else 0.0
+        probability = getattr(self.dropout, "p", 0.0) if modules[0].training else 0.0
         adapters = [module.lora_A[name].weight for module in modules] + [module.lora_B[name].weight for module in modules]
         scalings = [module.scaling[name] for module in modules]
-        outputs = self.function.apply(x, bases if fused else [None] * len(bases), scalings, probability, *adapters)
-        return outputs if fused else [base(x) + out for base, out in zip(bases, outputs, strict=True)]
+        if self.weights is None:
+            outputs = self.function.apply(x, None, None, scalings, probability, *adapters)
+            return [base(x) + out for base, out in zip(self.bases, outputs, strict=True)]
+        biases = [None if base.bias is None else base.bias.to(x.dtype) for base in self.bases]
+        return self.function.apply(x, self.weights, biases, scalings, probability, *adapters)
 
 
 def fuse_adapters(model) -> int:
@@ -151,7 +165,7 @@ def fuse_adapters(model) -> int:
         children = {name: child for name, child in parent.named_children() if isinstance(child, LoraLayer) and _is_plain_lora(child)}
         shared = [[children.pop(name) for name in names] for names in SHARED_INPUTS if all(name in children for name in names)]
         for modules in [*shared, *([child] for child in children.values())]:
-            group = AdapterGroup(modules, modules[0].active_adapters[0], function)
+            group = AdapterGroup(modules, function)
             for module in modules:
                 _replace_forward(module, group)
                 count += 1
@@ -186,19 +200,19 @@ def _mlp_function():
 
         @staticmethod
         def forward(ctx, x, gate, up, down):
-            g = torch.nn.functional.linear(x, read_weight(gate, x.dtype))
-            u = torch.nn.functional.linear(x, read_weight(up, x.dtype))
+            g = torch.nn.functional.linear(x, gate.read(x.dtype))
+            u = torch.nn.functional.linear(x, up.read(x.dtype))
             ctx.save_for_backward(g, u)
-            ctx.layers = (gate, up, down)
-            return torch.nn.functional.linear(_silu_product(g, u), read_weight(down, x.dtype))
+            ctx.weights = (gate, up, down)
+            return torch.nn.functional.linear(_silu_product(g, u), down.read(x.dtype))
 
         @staticmethod
         def backward(ctx, gradient):
             g, u = ctx.saved_tensors
-            gate, up, down = ctx.layers
-            d_gate, d_up = _silu_product_backward(g, u, gradient @ read_weight(down, g.dtype))
-            d_x = (d_gate @ read_weight(gate, g.dtype)).view(-1, gate.in_features)
-            d_x.addmm_(d_up.reshape(-1, d_up.shape[-1]), read_weight(up, g.dtype))
+            gate, up, down = ctx.weights
+            d_gate, d_up = _silu_product_backward(g, u, gradient @ down.read(g.dtype))
+            d_x = d_gate.reshape(-1, d_gate.shape[-1]) @ gate.read(g.dtype)
+            d_x.addmm_(d_up.reshape(-1, d_up.shape[-1]), up.read(g.dtype))
             return d_x.view(*gradient.shape[:-1], -1), None, None, None
 
     return GatedMLP
@@ -240,24 +254,23 @@ def fuse_mlps(model) -> int:
         if not isinstance(activation, torch.nn.SiLU) and type(activation).__name__ not in ("SiLUActivation", "SiLU"):
             continue
 
-        def forward(self, x, function=function):
-            return function.apply(x, self.gate_proj, self.up_proj, self.down_proj)
-
-        module.forward = MethodType(forward, module)
+        weights = [FrozenWeight(layer) for layer in layers]
+        module.forward = functools.partial(_run_mlp, function, weights)
         count += 1
     return count
+
+
+def _run_mlp(function, weights, x):
+    return function.apply(x, *weights)
 
 
 # library kernels
 
 
+@functools.cache
 def has_liger() -> bool:
-    """Whether liger's kernels import here."""
-    try:
-        import liger_kernel.ops.swiglu  # noqa: F401  (only whether it imports matters)
-    except ImportError:
-        return False
-    return True
+    """Whether liger's kernels are installed."""
+    return importlib.util.find_spec("liger_kernel") is not None
 
 
 def use_liger(model, swiglu: bool) -> bool:

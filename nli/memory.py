@@ -13,8 +13,8 @@ from typing import Literal
 
 GIB = 2**30
 # Fitted: what each kept activation byte takes in truth, and what is there at any size (loss tile, dequantised matrices, buffers of the libraries).
-ACTIVATION_FACTOR = 1.0
-CONSTANT_BYTES = 1.5 * GIB
+ACTIVATION_FACTOR = 1.065
+CONSTANT_BYTES = 0.7 * GIB
 MARGIN = 0.92  # of the limit is planned for: the allocator's gaps and the CUDA context take the rest
 LEAST_TOKENS = 2048  # a micro-batch below this pays more for dequantising than recompute would
 MOST_TOKENS = 32768  # above this a larger micro-batch gains nothing
@@ -106,8 +106,8 @@ def estimate(workload: Workload, tokens: int, recomputed_layers: int = 0) -> Est
     """Peak memory of a micro-batch of `tokens` tokens, of which the first `recomputed_layers` layers keep their input alone."""
     shape = workload.shape
     linear = shape.layers * sum(rows * columns for rows, columns in shape.linear_sizes().values())
-    # NF4: half a byte, an 8-bit scale for 64 weights, an fp32 scale for 256 of these
-    stored = {"nf4": 0.5 + 1 / 64 + 4 / 16384, "int8": 1 + 4 / shape.hidden, "none": workload.bytes_per_value}[workload.quantization]
+    # NF4: half a byte, an 8-bit scale for 64 weights, an fp32 scale for 256 of these, and the scales as `FrozenWeight` unpacks them
+    stored = {"nf4": 0.5 + 1 / 64 + 4 / 16384 + 4 / 64, "int8": 1 + 4 / shape.hidden, "none": workload.bytes_per_value}[workload.quantization]
     tables = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
     return Estimate(
         base=round(linear * stored + tables * workload.bytes_per_value),

@@ -1,7 +1,7 @@
 """TRL's SFTTrainer over packed micro-batches: one item of the data is a whole optimizer step.
 
 What the trainer does of its own, and what is changed:
-    the loss, the optimizer, the schedule, clipping, checkpoints, logs and callbacks are TRL's and transformers'
+    the model's fused head and loss, the optimizer, the schedule, clipping, checkpoints, logs and callbacks are TRL's and transformers'
     a step's rows come from `nli.batches`, as many micro-batches as their tokens ask for; gradients are exchanged once, after the last
     the loss of a step is the mean over the step's labelled tokens on all workers; the eval loss is the mean over the dev file's
 """
@@ -28,7 +28,7 @@ def build_trainer_class() -> type["SFTTrainer"]:
         def __init__(self, model, batches: GlobalBatches, eval_batches: GlobalBatches, **values):
             self.batches, self.eval_batches = batches, eval_batches
             self.parameters_used, self.tokens_trained, self.train_seconds, self.logged = count_matmul_parameters(model), 0, 0.0, (0, 0.0)
-            self.step_started = 0.0
+            self.step_started, self.label_sums = 0.0, {}
             collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)  # stands in for TRL's: no batch of ours passes through it
             super().__init__(model=model, data_collator=collator, **values)
             self.add_callback(Meter(self))
@@ -60,6 +60,14 @@ def build_trainer_class() -> type["SFTTrainer"]:
                     loss += super().training_step(model, micro, num_items_in_batch)
             return loss
 
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            """TRL's loss without its per-micro-batch metrics across workers, each of which would wait for the GPU; `log` gathers their sums."""
+            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+            sums = torch.stack([outputs.is_top1.sum(), outputs.entropy.detach().sum(), outputs.label_mask.sum()]).float()
+            mode = "train" if self.model.training else "eval"
+            self.label_sums[mode] = self.label_sums.get(mode, 0) + sums
+            return -outputs.log_probs.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1) * self.accelerator.num_processes
+
         def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
             model, batches = self.model, dataloader.dataset
             model.eval()
@@ -75,6 +83,11 @@ def build_trainer_class() -> type["SFTTrainer"]:
         def log(self, logs, start_time=None):
             if "grad_norm" in logs:
                 logs.update(self.measure())
+            mode = "train" if self.model.training else "eval"
+            if (sums := self.label_sums.pop(mode, None)) is not None:
+                correct, entropy, count = self.accelerator.reduce(sums, "sum").tolist()
+                prefix = "" if mode == "train" else "eval_"
+                logs |= {f"{prefix}mean_token_accuracy": correct / max(count, 1), f"{prefix}entropy": entropy / max(count, 1)}
             super().log(logs, start_time)
 
         def measure(self) -> dict:

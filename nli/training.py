@@ -4,6 +4,7 @@ In:   a TrainConfig and a folder of tokenised rows (Parquet: split, line, input_
 Out:  the run's folder: adapter_model.safetensors, adapter_config.json, tokenizer, nli.json, log.jsonl, result.json, checkpoint-N/
 """
 
+import gc
 import json
 import logging
 import math
@@ -62,6 +63,8 @@ def train_worker(job: dict) -> None:
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         load_adapter_weights(trainer.model, str(best or checkpoint))
     else:
+        gc.collect()
+        gc.freeze()  # the collector would go through every module and weight while the GPU waits for its next kernel
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         best = Path(trainer.state.best_model_checkpoint) if trainer.state.best_model_checkpoint else None
     state = trainer.state
