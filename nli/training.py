@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nli.checkpoints import check_best, find_best, find_newest_complete, mark_complete, read_trainer_state, write_card
+from nli.checkpoints import read_trainer_state, write_card
 from nli.model import add_lora, keep_weights_in_evaluations, load_adapter_weights, load_base, quiet_libraries
 from nli.recipe import TrainConfig
 from nli.records import content_hash
+from nli.saving import SealedCheckpoints, find_start, read_best, save_adapter
 from nli.storage import dump_line, write_atomic
 from nli.tokenization import load_tokenizer
 
@@ -38,8 +39,7 @@ def train_worker(job: dict) -> None:
     config, output = TrainConfig(**job["config"]), Path(job["output"])
     context = ray.train.get_context()
     device = f"cuda:{torch.cuda.current_device()}" if job["use_gpu"] else "cpu"
-    checkpoint, best = find_start(output) if context.get_world_rank() == 0 else (None, None)
-    checkpoint, best = _broadcast((checkpoint, best))
+    checkpoint = _broadcast(find_start(output) if context.get_world_rank() == 0 else None)
 
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.base_model)
@@ -47,54 +47,41 @@ def train_worker(job: dict) -> None:
     keep_weights_in_evaluations(model)
     model = add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.target_modules)
     early_stopping = [EarlyStoppingCallback(config.early_stopping_patience)] if config.early_stopping_patience else []
-    trainer = SFTTrainer(
+
+    class Trainer(SealedCheckpoints, SFTTrainer):
+        keep_checkpoints = config.keep_checkpoints
+
+    trainer = Trainer(
         model=model,
         args=build_arguments(config, output, job["use_gpu"], context.get_world_size()),
         train_dataset=read_split(job["tokenised"], "train", config.max_length),
         eval_dataset=read_split(job["tokenised"], "dev", config.max_length),
         processing_class=tokenizer,
-        callbacks=[build_reporter(output, best), *early_stopping],
+        callbacks=[build_reporter(output), *early_stopping],
     )
     trainer.remove_callback(PrinterCallback)  # the reporter prints
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # the trainer casts the adapters of a quantised base to bf16; small updates would be lost in it
+    if context.get_world_rank() == 0:
+        trainer.best_adapter = read_best(checkpoint)
     started = time.monotonic()
     if checkpoint is not None and is_at_end(read_trainer_state(checkpoint)):
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        load_adapter_weights(trainer.model, str(best or checkpoint))
+        load_adapter_weights(trainer.model, str(checkpoint))
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        best = Path(trainer.state.best_model_checkpoint) if trainer.state.best_model_checkpoint else None
     state = trainer.state
     losses = [entry["eval_loss"] for entry in state.log_history if math.isfinite(entry.get("eval_loss", math.nan))]
     if context.get_world_rank() == 0:
-        if best is not None:
-            check_best(best)
-            load_adapter_weights(trainer.model, str(best))
-        trainer.save_model(str(output))
-        tokenizer.save_pretrained(str(output))
+        save_adapter(trainer, tokenizer, output, trainer.best_adapter)
         write_card(output, config.base_model, config.quantization, config.compute_dtype, config.max_length)
         result = {"steps": state.global_step, "epochs": round(state.epoch, 3), "eval_loss": min(losses, default=None)}
-        result |= {"train_seconds": round(time.monotonic() - started, 1), "best_checkpoint": best.name if best else None}
+        best = f"checkpoint-{state.best_global_step}" if trainer.best_adapter is not None else None
+        result |= {"train_seconds": round(time.monotonic() - started, 1), "best_checkpoint": best}
         result |= {"resumed_from": str(checkpoint or "")}
         write_atomic(output / "result.json", json.dumps(result) + "\n")
     torch.distributed.barrier()
-
-
-def find_start(output: Path) -> tuple[Path | None, Path | None]:
-    """The checkpoint to go on from and the best one of those before it. Log lines of steps that will be made again go.
-
-    Raises ModelError if the best one is missing or damaged.
-    """
-    checkpoint = find_newest_complete(output)
-    best = find_best(output, checkpoint) if checkpoint else None
-    log = output / "log.jsonl"
-    if log.exists():
-        last = read_trainer_state(checkpoint)["global_step"] if checkpoint else -1
-        lines = [line for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]  # a kill may cut the last one
-        write_atomic(log, "".join(line for line in lines if json.loads(line)["step"] <= last))
-    return checkpoint, best
 
 
 def is_at_end(state: Mapping) -> bool:
@@ -136,7 +123,6 @@ def build_arguments(config: TrainConfig, output: Path, use_gpu: bool, world_size
         gradient_checkpointing=config.activation_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if config.activation_checkpointing else None,
         **when,
-        save_total_limit=config.keep_checkpoints,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
@@ -163,18 +149,19 @@ def read_split(folder: str, split: str, max_length: int) -> "datasets.Dataset":
     return datasets.Dataset(table.sort_by("line").select(["input_ids", "labels"]).combine_chunks())
 
 
-def build_reporter(output: Path, best: Path | None) -> "TrainerCallback":
-    """A callback that logs to log.jsonl and the console, seals checkpoints and reports evaluations to Ray.
-
-    `best` is the best checkpoint of the run that is resumed, where it lies now: the one that the trainer's state names may have lain elsewhere.
-    """
+def build_reporter(output: Path) -> "TrainerCallback":
+    """A callback that logs to log.jsonl and the console, and reports evaluations to Ray once their checkpoint is in its place."""
     import ray.train
-    import torch
     from transformers import TrainerCallback
 
     class Reporter(TrainerCallback):
+        evaluation: dict | None = None
+
         def on_train_begin(self, args, state, control, **kwargs):
-            state.best_model_checkpoint = str(best) if best else None
+            if state.global_step and state.is_world_process_zero:
+                with open(output / "log.jsonl", "a", encoding="utf-8") as file:
+                    file.write(dump_line({"step": state.global_step, "resumed_from": f"checkpoint-{state.global_step}"}))
+                print(f"sft {output.name}: goes on from checkpoint-{state.global_step}", flush=True)
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if not state.is_world_process_zero or logs is None:
@@ -187,15 +174,15 @@ def build_reporter(output: Path, best: Path | None) -> "TrainerCallback":
                 values = ", ".join(f"{name} {float(value):.4g}" for name, value in shown.items())
                 print(f"sft {output.name}: step {state.global_step}/{state.max_steps}, {values}", flush=True)
 
-        def on_save(self, args, state, control, **kwargs):
-            torch.distributed.barrier()  # every rank has written its part
-            if state.is_world_process_zero:
-                mark_complete(output / f"checkpoint-{state.global_step}")
-
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-            ray.train.report({"step": state.global_step, "epoch": state.epoch, "eval_loss": metrics["eval_loss"]})
+            self.evaluation = {"step": state.global_step, "epoch": state.epoch, "eval_loss": metrics["eval_loss"]}
             if not math.isfinite(metrics["eval_loss"]):
                 metrics["eval_loss"] = math.inf  # a NaN would stay the best loss for ever: no number is below it
+
+        def on_save(self, args, state, control, **kwargs):
+            if self.evaluation is not None:
+                ray.train.report(self.evaluation)
+                self.evaluation = None
 
     return Reporter()
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BANDS = {
     "words": {"errors", "prompts", "parsing", "records"},
     "workbench": {"config", "recipe", "storage", "examples", "runs", "cluster", "metrics", "chat_api", "ledger", "limiter", "teacher", "report"},
-    "model": {"tokenization", "model", "checkpoints", "engines", "preflight", "training"},
+    "model": {"tokenization", "model", "checkpoints", "engines", "preflight", "saving", "training"},
     "stages": {"thoughts", "reflections", "sft_data", "sft", "sweep", "inference", "evaluation", "pipeline"},
 }
 ORDER = list(BANDS)
