@@ -37,6 +37,7 @@ def test_a_job_in_the_readme_parses_as_written(command, repository):
         "sweep_lora": "sweep.SweepConfig",
         "run_inference": "inference.InferenceConfig",
         "evaluate_predictions": "evaluation.EvaluatePredictionsConfig",
+        "check_data": "data_checks.CheckDataConfig",
         "pipeline": "pipeline.PipelineConfig",
     }[words[2].removeprefix("ray_jobs.")]
     module, name = stage.split(".")
