@@ -24,8 +24,8 @@ class TrainConfig:
     output_dir: str = "models/sample-reflected"
     """folder of the adapter, its checkpoints and logs"""
 
-    quantization: Literal["nf4", "none"] = "nf4"
-    """base weights: NF4 with double quantisation, or as they are"""
+    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    """base weights: NF4 with double quantisation, LLM.int8, or as they are"""
     compute_dtype: Literal["bf16", "fp32"] = "bf16"
     """type that matrix products run in; adapters keep fp32 master weights"""
     lora_rank: Count = 32
@@ -33,7 +33,7 @@ class TrainConfig:
     lora_alpha: Count = 64
     """scale of the adapters: their product is multiplied by lora_alpha / lora_rank"""
     lora_dropout: Fraction = 0.05
-    """dropout before the adapters, 0 to below 1"""
+    """dropout before the adapters, 0 to below 1; q, k and v share a mask, as they share their input"""
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     """linear layers that get adapters"""
 
@@ -55,14 +55,18 @@ class TrainConfig:
     """end after so many optimizer steps; 0: by epochs"""
     global_batch_size: Count = 64
     """rows per optimizer step over all workers"""
-    per_device_batch_size: Count = 16
-    """rows per forward pass of one worker; the accumulation follows"""
+    per_device_batch_size: CountOrZero = 0
+    """most rows per forward pass of one worker; 0: as many as micro_batch_tokens takes. The accumulation follows"""
+    micro_batch_tokens: CountOrZero = 0
+    """most tokens per forward pass of one worker, rows end to end without padding; 0: what the memory estimate allows"""
     max_length: Count = 512
     """most tokens of prompt, completion, BOS and EOS together"""
     drop_overlong: bool = False
     """leave out rows over max_length, with a message, instead of refusing the file"""
-    activation_checkpointing: bool = True
-    """recompute activations in the backward pass: less memory, slower"""
+    activation_checkpointing: bool | Literal["auto"] = "auto"
+    """recompute activations in the backward pass (less memory, slower): in all layers, in none, or in as few as the memory estimate asks for"""
+    memory_limit_gb: NonNegative = 0.0
+    """GPU memory to plan for, in GiB (22 for a 24 GB card); 0: what the GPU has"""
 
     eval_steps: CountOrZero = 0
     """optimizer steps between evaluations (and checkpoints); 0: once per epoch"""
@@ -77,6 +81,8 @@ class TrainConfig:
 
     num_workers: Count = 1
     """training workers, one GPU each; they share the global batch"""
+    parallel: Literal["ddp", "zero2", "zero3", "fsdp2"] = "ddp"
+    """how workers share the work: DDP, or DeepSpeed ZeRO-2, which splits gradients and optimizer; zero3 and fsdp2 are refused with the reason"""
     cpus_per_worker: Count = 1
     """CPU cores of one worker"""
     use_gpu: bool | None = None
@@ -93,12 +99,16 @@ class TrainConfig:
     """folder that relative outputs go below; empty: NLI_STORAGE_ROOT or the current folder"""
 
     def __post_init__(self) -> None:
-        rows = self.num_workers * self.per_device_batch_size
-        if self.global_batch_size % rows:
-            raise ConfigError(
-                f"global_batch_size {self.global_batch_size} is no multiple of num_workers x per_device_batch_size "
-                f"({self.num_workers} x {self.per_device_batch_size} = {rows}); change one of the three."
-            )
+        if self.global_batch_size % self.num_workers:
+            raise ConfigError(f"global_batch_size {self.global_batch_size} is no multiple of num_workers {self.num_workers}; change one of the two.")
+        if self.parallel in ("zero3", "fsdp2"):
+            reason = {
+                "fsdp2": "FSDP2 leaves 4-bit weights whole on every GPU, and splitting them in bf16 storage corrupts them (bitsandbytes issue 1945)",
+                "zero3": "ZeRO-3 loads the whole quantised base on every GPU first, so nothing is saved",
+            }[self.parallel]
+            raise ConfigError(f"parallel {self.parallel} is not offered: {reason}. Use ddp: it exchanges adapters alone, and a 7B base takes 4 GB.")
+        if self.parallel == "zero2" and self.compute_dtype != "bf16":
+            raise ConfigError("parallel zero2 computes in bf16; leave compute_dtype at bf16, or use parallel ddp.")
         if self.gpu is not None and self.num_workers > 1:
             raise ConfigError(f"gpu {self.gpu} is one GPU and num_workers {self.num_workers} need one each; leave gpu out, or train with one worker.")
         if self.gpu is not None and self.use_gpu is False:
@@ -108,5 +118,5 @@ class TrainConfig:
 # What may differ between two attempts at the same run: places, hardware, and how much is logged or kept.
 FREE_FIELDS = {
     *("base_model", "train_file", "dev_file", "output_dir", "storage_root", "num_workers", "cpus_per_worker", "use_gpu", "gpu", "max_failures", "wandb"),
-    *("wandb_project", "log_steps", "keep_checkpoints", "per_device_batch_size", "activation_checkpointing"),
+    *("wandb_project", "log_steps", "keep_checkpoints", "per_device_batch_size", "micro_batch_tokens", "activation_checkpointing", "memory_limit_gb"),
 }

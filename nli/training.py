@@ -13,17 +13,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nli.attention import name_packed_kernel, register_packed_attention
+from nli.batches import GlobalBatches
 from nli.checkpoints import read_trainer_state, write_card
+from nli.kernels import speed_up
+from nli.memory import GIB, Choice, Shape, Workload, choose
 from nli.model import add_lora, keep_weights_in_evaluations, load_adapter_weights, load_base, quiet_libraries
 from nli.recipe import TrainConfig
 from nli.records import content_hash
 from nli.saving import SealedCheckpoints, find_start, read_best, save_adapter
 from nli.storage import dump_line, write_atomic
 from nli.tokenization import load_tokenizer
+from nli.trainer import build_trainer_class
 
 if TYPE_CHECKING:
     import datasets
     from transformers import TrainerCallback
+    from trl import SFTTrainer
+
+# Gradients and optimizer state are split over the workers; DeepSpeed keeps the adapters' fp32 masters and computes in bf16.
+ZERO2 = {
+    "zero_optimization": {"stage": 2, "overlap_comm": True, "contiguous_gradients": True},
+    "bf16": {"enabled": True},
+    "zero_allow_untested_optimizer": True,
+    "gradient_clipping": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": 1,
+}
 
 
 def train_worker(job: dict) -> None:
@@ -32,8 +48,7 @@ def train_worker(job: dict) -> None:
     import ray.train
     import torch
     from ray.train.v2._internal.execution.context import logger as report_logger
-    from transformers import EarlyStoppingCallback, PrinterCallback, TrainerState, set_seed
-    from trl import SFTTrainer
+    from transformers import TrainerState
 
     report_logger.setLevel(logging.WARNING)  # it prints each report, as our reporter does
     config, output = TrainConfig(**job["config"]), Path(job["output"])
@@ -41,28 +56,7 @@ def train_worker(job: dict) -> None:
     device = f"cuda:{torch.cuda.current_device()}" if job["use_gpu"] else "cpu"
     checkpoint = _broadcast(find_start(output) if context.get_world_rank() == 0 else None)
 
-    set_seed(config.seed)
-    tokenizer = load_tokenizer(config.base_model)
-    model = load_base(config.base_model, config.quantization, config.compute_dtype, device)
-    keep_weights_in_evaluations(model)
-    model = add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.target_modules)
-    early_stopping = [EarlyStoppingCallback(config.early_stopping_patience)] if config.early_stopping_patience else []
-
-    class Trainer(SealedCheckpoints, SFTTrainer):
-        keep_checkpoints = config.keep_checkpoints
-
-    trainer = Trainer(
-        model=model,
-        args=build_arguments(config, output, job["use_gpu"], context.get_world_size()),
-        train_dataset=read_split(job["tokenised"], "train", config.max_length),
-        eval_dataset=read_split(job["tokenised"], "dev", config.max_length),
-        processing_class=tokenizer,
-        callbacks=[build_reporter(output), *early_stopping],
-    )
-    trainer.remove_callback(PrinterCallback)  # the reporter prints
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # the trainer casts the adapters of a quantised base to bf16; small updates would be lost in it
+    trainer = build_trainer(config, output, job["tokenised"], device)
     if context.get_world_rank() == 0:
         trainer.best_adapter = read_best(checkpoint)
     started = time.monotonic()
@@ -74,7 +68,7 @@ def train_worker(job: dict) -> None:
     state = trainer.state
     losses = [entry["eval_loss"] for entry in state.log_history if math.isfinite(entry.get("eval_loss", math.nan))]
     if context.get_world_rank() == 0:
-        save_adapter(trainer, tokenizer, output, trainer.best_adapter)
+        save_adapter(trainer, trainer.processing_class, output, trainer.best_adapter)
         write_card(output, config.base_model, config.quantization, config.compute_dtype, config.max_length)
         result = {"steps": state.global_step, "epochs": round(state.epoch, 3), "eval_loss": min(losses, default=None)}
         best = f"checkpoint-{state.best_global_step}" if trainer.best_adapter is not None else None
@@ -82,6 +76,92 @@ def train_worker(job: dict) -> None:
         result |= {"resumed_from": str(checkpoint or "")}
         write_atomic(output / "result.json", json.dumps(result) + "\n")
     torch.distributed.barrier()
+
+
+def build_trainer(config: TrainConfig, output: Path, tokenised: str, device: str) -> "SFTTrainer":
+    """Everything that a worker trains with."""
+    import torch
+    from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
+
+    set_seed(config.seed)
+    tokenizer = load_tokenizer(config.base_model)
+    train, dev = (read_split(tokenised, split, config.max_length) for split in ("train", "dev"))
+    world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    arguments = build_arguments(config, output, device.startswith("cuda"), world_size)  # first: DeepSpeed must be known of before the model is loaded
+    model = load_base(config.base_model, config.quantization, config.compute_dtype, device, register_packed_attention())
+    keep_weights_in_evaluations(model)
+    model = add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.target_modules)
+    fused = speed_up(model)
+    longest, step_tokens = max(map(len, train["input_ids"])), _mean_step_tokens(train, config)
+    choice = _broadcast(plan_memory(config, Shape.of(model.config), device, longest, step_tokens))
+    recompute_layers(model, choice.recomputed_layers)
+    train_batches, dev_batches = (
+        GlobalBatches(rows, config.global_batch_size, arguments.process_index, world_size, choice.micro_batch_tokens, config.per_device_batch_size, seed)
+        for rows, seed in ((train, config.seed), (dev, None))
+    )
+    if arguments.process_index == 0:
+        needed = f"{choice.estimate.total / GIB:.1f} GiB estimated" if device.startswith("cuda") else "on the CPU"
+        shown = f"micro-batches of up to {choice.micro_batch_tokens} tokens, {choice.recomputed_layers} layers recomputed, {needed}"
+        print(f"sft {output.name}: {shown}; fused: {', '.join(fused) or 'nothing'}; attention: {name_packed_kernel(device)}", flush=True)
+    early_stopping = [EarlyStoppingCallback(config.early_stopping_patience)] if config.early_stopping_patience else []
+
+    class Trainer(SealedCheckpoints, build_trainer_class()):
+        keep_checkpoints = config.keep_checkpoints
+
+    trainer = Trainer(
+        model=model,
+        batches=train_batches,
+        eval_batches=dev_batches,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=dev,
+        processing_class=tokenizer,
+        callbacks=[build_reporter(output), *early_stopping],
+    )
+    trainer.remove_callback(PrinterCallback)  # the reporter prints
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # the trainer casts the adapters of a quantised base to bf16; small updates would be lost in it
+    return trainer
+
+
+def read_workload(config: TrainConfig, shape: Shape) -> Workload:
+    """What the memory estimate needs to know of a config."""
+    return Workload(
+        shape,
+        config.quantization,
+        shape.adapter_parameters(config.lora_rank, config.target_modules),
+        dropout=config.lora_dropout > 0,
+        bytes_per_value=2 if config.compute_dtype == "bf16" else 4,
+        optimizer_bytes=2 if "8bit" in config.optimizer else 8,
+    )
+
+
+def plan_memory(config: TrainConfig, shape: Shape, device: str, longest: int, step_tokens: float) -> Choice:
+    """The micro-batch and recompute for a device; on a CPU memory is no limit."""
+    import torch
+
+    limit = config.memory_limit_gb * GIB
+    if not limit:
+        limit = torch.cuda.get_device_properties(device).total_memory if device.startswith("cuda") else 1024 * GIB
+    recompute, tokens = config.activation_checkpointing, math.ceil(step_tokens / config.num_workers)
+    return choose(read_workload(config, shape), limit, longest, tokens, recompute, config.micro_batch_tokens)
+
+
+def _mean_step_tokens(rows: "datasets.Dataset", config: TrainConfig) -> float:
+    return sum(map(len, rows["input_ids"])) / len(rows) * config.global_batch_size
+
+
+def recompute_layers(model, count: int) -> None:
+    """Recompute the activations of the first `count` decoder layers in the backward pass, and keep those of the others."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if not count:
+        return
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers[count:]:
+        layer.gradient_checkpointing = False
 
 
 def is_at_end(state: Mapping) -> bool:
@@ -107,9 +187,8 @@ def build_arguments(config: TrainConfig, output: Path, use_gpu: bool, world_size
     return SFTConfig(
         output_dir=str(output),
         run_name=output.name,
-        per_device_train_batch_size=config.per_device_batch_size,
-        per_device_eval_batch_size=config.per_device_batch_size,
-        gradient_accumulation_steps=config.global_batch_size // (config.per_device_batch_size * world_size),
+        per_device_train_batch_size=config.global_batch_size // world_size,  # a step's rows; `nli.batches` deals them into micro-batches
+        gradient_accumulation_steps=1,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         learning_rate=config.learning_rate,
@@ -118,10 +197,10 @@ def build_arguments(config: TrainConfig, output: Path, use_gpu: bool, world_size
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         optim=config.optimizer,
-        bf16=config.compute_dtype == "bf16",
+        bf16=config.parallel == "zero2",  # otherwise no autocast: the base is in its compute type, and the adapters follow it
         use_cpu=not use_gpu,
-        gradient_checkpointing=config.activation_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if config.activation_checkpointing else None,
+        gradient_checkpointing=False,  # `recompute_layers` has chosen
+        deepspeed=ZERO2 if config.parallel == "zero2" else None,
         **when,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
@@ -169,7 +248,7 @@ def build_reporter(output: Path) -> "TrainerCallback":
             with open(output / "log.jsonl", "a", encoding="utf-8") as file:
                 finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in logs.items()}
                 file.write(dump_line({"step": state.global_step, **finite}))
-            shown = {name: logs[name] for name in ("loss", "eval_loss", "grad_norm", "learning_rate") if name in logs}
+            shown = {name: logs[name] for name in ("loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_second") if name in logs}
             if shown:
                 values = ", ".join(f"{name} {float(value):.4g}" for name, value in shown.items())
                 print(f"sft {output.name}: step {state.global_step}/{state.max_steps}, {values}", flush=True)

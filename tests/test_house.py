@@ -21,8 +21,11 @@ BANDS = {
         *("chat_api", "ledger", "limiter", "services", "worklist", "prices", "token_counts"),
         *("teacher", "progress", "estimates", "generation", "batch_api"),
     },
-    "model": {"tokenization", "model", "checkpoints", "engines", "saving", "training", "preflight"},
-    "stages": {"thoughts", "reflections", "sft_data", "sft", "sweep", "inference", "evaluation", "data_checks", "pipeline"},
+    "model": {
+        *("tokenization", "model", "checkpoints", "engines", "saving", "preflight", "preflight_report", "watching"),
+        *("memory", "attention", "batches", "kernels", "trainer", "training"),
+    },
+    "stages": {"thoughts", "reflections", "sft_data", "sft", "sweep", "export", "inference", "evaluation", "data_checks", "pipeline"},
 }
 ORDER = list(BANDS)
 HEAVY = {"ray", "torch", "transformers", "vllm", "trl", "peft", "datasets", "bitsandbytes", "accelerate", "deepspeed"}
