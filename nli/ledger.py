@@ -207,9 +207,13 @@ class Ledger:
     def _claim(self, owner: str, now: float, key: bytes, run: str, policy: str, parent: bytes | None) -> tuple:
         if parent is not None:
             self._db.execute("UPDATE requests SET repair = ? WHERE key = ?", (key, parent))
-        found = self._db.execute("SELECT state, owner, sends, reserved, run, problem, settled, repair, reply FROM requests WHERE key = ?", (key,)).fetchone()
+        found = self._db.execute(
+            "SELECT state, owner, sends, reserved, run, problem, settled, repair, reply FROM requests WHERE key = ?", (key,)
+        ).fetchone()
         if found is None:
-            self._db.execute("INSERT INTO requests (key, run, state, owner, claimed_at) VALUES (?, ?, 'claimed', ?, ?)", (key, run, owner, now))
+            self._db.execute(
+                "INSERT INTO requests (key, run, state, owner, claimed_at) VALUES (?, ?, 'claimed', ?, ?)", (key, run, owner, now)
+            )
             if parent is not None:
                 self._add(run, repairs=1)
             return ("go", 0)
@@ -373,7 +377,9 @@ def _lock_for_host(folder: Path):
         holder = file.read().strip()
         if holder and holder != me:
             file.close()
-            raise StorageError(f"{folder}: the ledger is in use on {holder}; run the job on that machine's cluster, or give another --ledger-dir.") from None
+            raise StorageError(
+                f"{folder}: the ledger is in use on {holder}; run the job on that machine's cluster, or give another --ledger-dir."
+            ) from None
         fcntl.flock(file, fcntl.LOCK_SH)
     return file
 

@@ -82,6 +82,7 @@ class GroupCommit:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self.ledger.commit, posts)
 
 
+
 class LedgerClient:
     """One worker's way to the ledger. `post` is `GroupCommit.post` or an actor's."""
 

@@ -406,6 +406,7 @@ class Teacher:
         """An upper bound of a prompt's tokens."""
         return self._schema_bytes + bound_messages(messages)
 
+
     def _likely_most_tokens(self, messages: Sequence[Mapping], bound: int) -> int:
         """What the limiter takes a prompt for: its real count and a tenth where the model's tokenizer is known, since the bound is several times that."""
         if self._counter is None or not self._counter.is_exact:

@@ -331,9 +331,7 @@ def test_a_run_that_ended_before_its_repair_asks_for_the_repair_alone(ask):
     assert server.calls[0]["messages"][2]["content"] == "I think so."
 
 
-@pytest.mark.parametrize(
-    ("broken", "kind"), [(Answer(hang_up=True), "reset"), (Answer(body="not JSON"), "no_completion"), (Answer(delay_seconds=9), "timeout")]
-)
+@pytest.mark.parametrize(("broken", "kind"), [(Answer(hang_up=True), "reset"), (Answer(body="not JSON"), "no_completion"), (Answer(delay_seconds=9), "timeout")])
 def test_a_call_without_answer_is_ambiguous_and_asked_again_or_held_as_the_config_says(ask, waits, folder, broken, kind):
     held, server = ask(broken, timeout_seconds=0.2, ambiguous="hold", max_cost=1.0)
     assert (held[0].status, len(server.calls), server.states, server.totals.ambiguous_sends) == ("request_failed", 1, {"ambiguous": 1}, 1)
