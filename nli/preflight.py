@@ -9,11 +9,12 @@ Out:  DataError: reflected_train.jsonl:17: not JSON (Expecting ',' delimiter at 
 or `Splits`, which `nli.preflight_report` describes.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nli.errors import DataError
+from nli.errors import DataError, ModelError
 from nli.records import SFTExample
 from nli.storage import scan_jsonl, summarise_faults
 from nli.tokenization import encode_example, load_tokenizer
@@ -50,15 +51,17 @@ def read_splits(inputs: tuple[Path, Path]) -> Splits:
     return splits
 
 
-def check_splits(inputs: tuple[Path, Path], tokenizer_path: str, max_length: int, drop_overlong: bool) -> Splits:
-    """Both files' rows, if they are good. Else raises DataError that names all faults, those of length and encoding among them.
+def check_splits(inputs: tuple[Path, Path], tokenizer_path: str, max_length: int, drop_overlong: bool) -> None:
+    """Raise DataError if a line of either file is faulty, naming those of length and encoding too.
 
     Good files are not tokenised here: that is spread over the cluster, and `find_token_faults` looks at its outcome.
     """
     splits = read_splits(inputs)
     if splits.faults:
-        raise_faults(splits, find_token_faults(splits, tokenise_here(splits, tokenizer_path), max_length, drop_overlong))
-    return splits
+        token_faults: list[str] = []
+        with contextlib.suppress(ModelError):  # without a tokenizer the other faults are worth telling
+            token_faults = find_token_faults(splits, tokenise_here(splits, tokenizer_path), max_length, drop_overlong)
+        raise_faults(splits, token_faults)
 
 
 def list_items(splits: Splits) -> list[dict]:

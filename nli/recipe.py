@@ -89,6 +89,8 @@ class TrainConfig:
     """train on GPUs; None: if the cluster has any"""
     gpu: CountOrZero | None = None
     """index of the GPU to use on this machine, by one worker; refused on a cluster"""
+    preflight: bool = False
+    """only check the data and say what the run will be like: starts nothing, writes nothing"""
     max_failures: CountOrZero = 3
     """times that lost workers are started again"""
     wandb: bool = True
@@ -118,5 +120,6 @@ class TrainConfig:
 # What may differ between two attempts at the same run: places, hardware, and how much is logged or kept.
 FREE_FIELDS = {
     *("base_model", "train_file", "dev_file", "output_dir", "storage_root", "num_workers", "cpus_per_worker", "use_gpu", "gpu", "max_failures", "wandb"),
+    "preflight",
     *("wandb_project", "log_steps", "keep_checkpoints", "per_device_batch_size", "micro_batch_tokens", "activation_checkpointing", "memory_limit_gb"),
 }

@@ -63,6 +63,8 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         parse_extra_axes(self.extra_axes)
+        if self.train.preflight:
+            raise ConfigError("preflight looks at one training run: use train_sft --preflight. A sweep checks all its trials before the first one starts.")
         if not (self.lora_rank and self.learning_rate and self.ablation):
             raise ConfigError("every axis needs at least one value.")
 
