@@ -65,8 +65,9 @@ def check_splits(inputs: tuple[Path, Path], tokenizer_path: str, max_length: int
 
 
 def list_items(splits: Splits) -> list[dict]:
-    """All rows as what `tokenise_batch` takes: split, line, prompt, completion."""
-    return [{"split": name, "line": line, "prompt": row["prompt"], "completion": row["completion"]} for name in NAMES for line, row in splits.rows[name]]
+    """All rows as what `tokenise_batch` takes."""
+    kept = ("prompt", "completion", "true_label")
+    return [{"split": name, "line": line} | {part: row[part] for part in kept} for name in NAMES for line, row in splits.rows[name]]
 
 
 def tokenise_here(splits: Splits, tokenizer_path: str):
@@ -77,7 +78,7 @@ def tokenise_here(splits: Splits, tokenizer_path: str):
 
 
 def tokenise_batch(table, tokenizer_path: str):
-    """Columns prompt and completion of a pyarrow table become input_ids, labels, num_tokens and problem ('' when the row is good)."""
+    """Columns prompt and completion of a pyarrow table become input_ids, labels, num_tokens and problem ('' when the row is good); the others stay."""
     import pyarrow as pa
 
     tokenizer = load_tokenizer(tokenizer_path)
@@ -92,7 +93,8 @@ def tokenise_batch(table, tokenizer_path: str):
             columns[name].append(value)
     ids = pa.list_(pa.int32())
     arrays = [pa.array(columns["input_ids"], ids), pa.array(columns["labels"], ids), pa.array(columns["num_tokens"]), pa.array(columns["problem"])]
-    return pa.table([table["split"], table["line"], *arrays], names=["split", "line", *columns])
+    true_labels = pa.array(table["true_label"].to_pylist(), pa.int8())  # a block without any label would have a column of no type
+    return pa.table([table["split"], table["line"], true_labels, *arrays], names=["split", "line", "true_label", *columns])
 
 
 def find_token_faults(splits: Splits, table, max_length: int, drop_overlong: bool) -> list[str]:

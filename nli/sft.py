@@ -75,9 +75,11 @@ def plan_fit(config: TrainConfig) -> FitPlan:
     check_splits((train, dev), base, config.max_length, config.drop_overlong)
     check_base(base)
     load_tokenizer(base)
-    settled = {name: value for name, value in as_dict(config).items() if name not in FREE_FIELDS}
+    free = FREE_FIELDS | ({"watch_rows"} if config.best_by == "eval_loss" else set())
+    settled = {name: value for name, value in as_dict(config).items() if name not in free}
     identity = {
         "base": fingerprint_model(base),
+        "tokenizer": fingerprint_tokenizer(base),
         "train_sha256": sha256_file(train),
         "dev_sha256": sha256_file(dev),
         "student_prompt_sha256": student_prompt_sha256(),
@@ -170,10 +172,11 @@ def fit(plan: FitPlan, callbacks: Sequence = ()) -> dict:
     write_atomic(plan.output / "preflight.txt", report.render() + "\n")
     for line in report.render(_SHOWN).splitlines():
         print(f"sft {plan.output.name}: {line}", flush=True)
+    run_id = content_hash([str(plan.output), record.manifest["attempts"][0]["started"]])
     state = plan.output / "ray_train"
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": as_dict(config), "output": str(plan.output), "tokenised": str(tokenised), "use_gpu": use_gpu},
+        train_loop_config={"config": as_dict(config), "output": str(plan.output), "tokenised": str(tokenised), "use_gpu": use_gpu, "run_id": run_id},
         scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=use_gpu, resources_per_worker=worker_resources(config, use_gpu)),
         # A name of its own for each attempt: Ray would otherwise take up its own record of the last one, and one bad byte in that ends the run.
         run_config=RunConfig(

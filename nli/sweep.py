@@ -31,7 +31,7 @@ from nli.storage import resolve_output, write_atomic
 
 STOPPED = "stopped.json"
 _TRIAL_CPUS = 0.01  # a trial only drives its training workers, which reserve their own
-_NO_AXES = {"num_workers", "cpus_per_worker", "gpu", "max_failures", "log_steps", "keep_checkpoints"}  # they change no result
+_NO_AXES = {"num_workers", "cpus_per_worker", "gpu", "max_failures", "log_steps", "keep_checkpoints", "watch_rows"}  # they change no result
 
 
 @config_class

@@ -7,6 +7,7 @@ Out:  the run's folder: adapter_model.safetensors, adapter_config.json, tokenize
 import json
 import logging
 import math
+import netrc
 import os
 import time
 from collections.abc import Mapping
@@ -20,11 +21,11 @@ from nli.kernels import speed_up
 from nli.memory import GIB, Choice, Shape, Workload, choose
 from nli.model import add_lora, keep_weights_in_evaluations, load_adapter_weights, load_base, quiet_libraries
 from nli.recipe import TrainConfig
-from nli.records import content_hash
 from nli.saving import SealedCheckpoints, find_start, read_best, save_adapter
 from nli.storage import dump_line, write_atomic
 from nli.tokenization import load_tokenizer
 from nli.trainer import build_trainer_class
+from nli.watching import WatchedEvaluations, read_watch
 
 if TYPE_CHECKING:
     import datasets
@@ -41,6 +42,8 @@ ZERO2 = {
     "gradient_accumulation_steps": 1,
 }
 
+_SHOWN = ("loss", "eval_loss", "eval_accuracy", "eval_unparsed_rate", "eval_eos_rate", "grad_norm", "learning_rate", "tokens_per_second")  # on the console
+
 
 def train_worker(job: dict) -> None:
     """What one Ray Train worker does: load the base, put adapters on it, train from the newest good checkpoint, save the best adapter."""
@@ -56,7 +59,10 @@ def train_worker(job: dict) -> None:
     device = f"cuda:{torch.cuda.current_device()}" if job["use_gpu"] else "cpu"
     checkpoint = _broadcast(find_start(output) if context.get_world_rank() == 0 else None)
 
+    os.environ["WANDB_RUN_ID"] = job["run_id"]  # the same after a restart, so that W&B draws one curve
     trainer = build_trainer(config, output, job["tokenised"], device)
+    if config.watch_rows:
+        trainer.watch = read_watch(job["tokenised"], trainer.processing_class, config.watch_rows, config.max_length, config.seed)
     if context.get_world_rank() == 0:
         trainer.best_adapter = read_best(checkpoint)
     started = time.monotonic()
@@ -66,13 +72,13 @@ def train_worker(job: dict) -> None:
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
-    losses = [entry["eval_loss"] for entry in state.log_history if math.isfinite(entry.get("eval_loss", math.nan))]
     if context.get_world_rank() == 0:
         save_adapter(trainer, trainer.processing_class, output, trainer.best_adapter)
         write_card(output, config.base_model, config.quantization, config.compute_dtype, config.max_length)
-        result = {"steps": state.global_step, "epochs": round(state.epoch, 3), "eval_loss": min(losses, default=None)}
-        best = f"checkpoint-{state.best_global_step}" if trainer.best_adapter is not None else None
-        result |= {"train_seconds": round(time.monotonic() - started, 1), "best_checkpoint": best}
+        best = next((entry for entry in state.log_history if entry["step"] == state.best_global_step and "eval_loss" in entry), {})
+        result = {"steps": state.global_step, "epochs": round(state.epoch, 3), "eval_loss": best.get("eval_loss")}
+        result |= {"accuracy": best["eval_accuracy"]} if "eval_accuracy" in best else {}
+        result |= {"train_seconds": round(time.monotonic() - started, 1), "best_checkpoint": f"checkpoint-{best['step']}" if best else None}
         result |= {"resumed_from": str(checkpoint or "")}
         write_atomic(output / "result.json", json.dumps(result) + "\n")
     torch.distributed.barrier()
@@ -105,7 +111,7 @@ def build_trainer(config: TrainConfig, output: Path, tokenised: str, device: str
         print(f"sft {output.name}: {shown}; fused: {', '.join(fused) or 'nothing'}; attention: {name_packed_kernel(device)}", flush=True)
     early_stopping = [EarlyStoppingCallback(config.early_stopping_patience)] if config.early_stopping_patience else []
 
-    class Trainer(SealedCheckpoints, build_trainer_class()):
+    class Trainer(SealedCheckpoints, WatchedEvaluations, build_trainer_class()):
         keep_checkpoints = config.keep_checkpoints
 
     trainer = Trainer(
@@ -178,8 +184,8 @@ def build_arguments(config: TrainConfig, output: Path, use_gpu: bool, world_size
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "tensorboard")
     if config.wandb:
         reports.append("wandb")
-        os.environ |= {"WANDB_PROJECT": config.wandb_project, "WANDB_DIR": str(output), "WANDB_RUN_ID": content_hash([str(output)]), "WANDB_RESUME": "allow"}
-        if not os.environ.get("WANDB_API_KEY"):
+        os.environ |= {"WANDB_PROJECT": config.wandb_project, "WANDB_DIR": str(output), "WANDB_RESUME": "allow"}
+        if not has_wandb_key():
             os.environ.setdefault("WANDB_MODE", "offline")
     when = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": config.eval_steps, "save_steps": config.eval_steps}
     if not config.eval_steps:
@@ -203,8 +209,8 @@ def build_arguments(config: TrainConfig, output: Path, use_gpu: bool, world_size
         deepspeed=ZERO2 if config.parallel == "zero2" else None,
         **when,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
+        metric_for_best_model="eval_loss" if config.best_by == "eval_loss" else "eval_accuracy",
+        greater_is_better=config.best_by == "accuracy",
         restore_callback_states_from_checkpoint=True,
         logging_steps=config.log_steps,
         report_to=reports,
@@ -216,6 +222,14 @@ def build_arguments(config: TrainConfig, output: Path, use_gpu: bool, world_size
         dataloader_pin_memory=use_gpu,
         ddp_find_unused_parameters=False,
     )
+
+
+def has_wandb_key() -> bool:
+    """Whether this machine may log to W&B online: a key in the environment, or from `wandb login`."""
+    try:
+        return bool(os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators("api.wandb.ai"))
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def read_split(folder: str, split: str, max_length: int) -> "datasets.Dataset":
@@ -248,13 +262,14 @@ def build_reporter(output: Path) -> "TrainerCallback":
             with open(output / "log.jsonl", "a", encoding="utf-8") as file:
                 finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in logs.items()}
                 file.write(dump_line({"step": state.global_step, **finite}))
-            shown = {name: logs[name] for name in ("loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_second") if name in logs}
+            shown = {name: logs[name] for name in _SHOWN if name in logs}
             if shown:
                 values = ", ".join(f"{name} {float(value):.4g}" for name, value in shown.items())
                 print(f"sft {output.name}: step {state.global_step}/{state.max_steps}, {values}", flush=True)
 
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
             self.evaluation = {"step": state.global_step, "epoch": state.epoch, "eval_loss": metrics["eval_loss"]}
+            self.evaluation |= {"eval_accuracy": metrics["eval_accuracy"]} if "eval_accuracy" in metrics else {}
             if not math.isfinite(metrics["eval_loss"]):
                 metrics["eval_loss"] = math.inf  # a NaN would stay the best loss for ever: no number is below it
 

@@ -4,8 +4,13 @@ import functools
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nli import saving, sft
@@ -13,6 +18,7 @@ from nli.checkpoints import BEST_WEIGHTS, COMPLETE, WEIGHTS, best_weights, find_
 from nli.errors import StorageError
 from nli.sft import TrainConfig
 from nli.storage import write_jsonl
+from tests.conftest import REPOSITORY
 from tests.faulty import train_with_faults
 from tests.test_stages import read_rows, train_config
 from tests.test_training_guards import interrupt, losses_by_step, sft_row
@@ -196,3 +202,32 @@ def test_the_oldest_kept_checkpoint_may_go_missing_even_if_it_was_the_best(files
     assert (run_folder / WEIGHTS).read_bytes() == (undisturbed / WEIGHTS).read_bytes()
     results = [json.loads((folder / "result.json").read_text()) for folder in (run_folder, undisturbed)]
     assert results[0]["best_checkpoint"] == results[1]["best_checkpoint"]
+
+
+@pytest.mark.fault
+@pytest.mark.own_cluster
+def test_the_same_command_goes_on_after_its_driver_was_killed_and_adds_to_the_same_wandb_run(files, undisturbed, no_ray, tmp_path):
+    run_folder = tmp_path / "run"
+    config = config_of(files, run_folder, wandb=True)
+    path = tmp_path / "config.py"
+    path.write_text(f"from nli.sft import TrainConfig\n\nconfig = TrainConfig(**{config.__dict__!r})\n")
+    command = [sys.executable, "-m", "ray_jobs.train_sft", "--config", str(path)]
+    environment = {name: value for name, value in os.environ.items() if name not in ("WANDB_MODE", "WANDB_API_KEY")} | {"HOME": str(tmp_path)}
+    with open(tmp_path / "first.log", "w") as log:
+        driver = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
+        deadline = time.monotonic() + 180
+        while not (run_folder / "checkpoint-4").exists():
+            assert driver.poll() is None and time.monotonic() < deadline, (tmp_path / "first.log").read_text()
+            time.sleep(0.02)
+        family = psutil.Process(driver.pid).children(recursive=True)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    left = psutil.wait_procs(family, timeout=60)[1]
+    assert left == []
+    assert json.loads((run_folder / "manifest.json").read_text())["status"] == "running"
+    newest = int(saving.list_checkpoints(run_folder)[-1].name.removeprefix("checkpoint-"))
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same(run_folder, undisturbed, [newest])
+    wandb_runs = {folder.name.split("-")[-1] for folder in (run_folder / "wandb").glob("offline-run-*")}
+    assert len(wandb_runs) == 1 and len(list((run_folder / "wandb").glob("offline-run-*"))) == 2

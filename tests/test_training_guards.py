@@ -88,6 +88,25 @@ def test_a_base_without_a_tokeniser_is_refused_before_anything_starts(files, tmp
         sft.plan_fit(train_config(files, tmp_path / "run", base_model=str(base)))
 
 
+def test_a_run_on_another_base_or_tokeniser_is_refused_with_the_difference(files, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(TINY_BASE, base)
+    config = train_config(files, tmp_path / "run", base_model=str(base))
+    identity = json.loads(json.dumps(sft.plan_fit(config).identity))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/manifest.json").write_text(json.dumps({"status": "running", "identity": identity, "attempts": [], "counts": {}}))
+    (tmp_path / "run/log.jsonl").write_text("")
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 77}))
+    with pytest.raises(ResumeError, match=rf"tokenizer: '{identity['tokenizer']}' -> '[0-9a-f]+'\nChoose"):
+        sft.run(config)
+    weights = bytearray((base / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (base / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ResumeError, match=rf"base: '{identity['base']}' -> 'sampled:"):
+        sft.run(config)
+
+
 def test_tokenised_rows_take_their_place_whole_or_not_at_all(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
