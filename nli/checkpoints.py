@@ -7,7 +7,7 @@ written aside by `nli.saving` and renamed when they are whole, each with a `comp
 
 A checkpoint needs no other: it carries the best adapter up to its step, its own or a copy (`best_adapter.safetensors`).
 
-`nli.json` says what an adapter belongs to: the base and its fingerprint, the quantisation, the prompt.
+`nli.json` says what an adapter belongs to: the base and its fingerprint, the quantisation, the prompt. A merged model's says what was merged too.
 """
 
 import hashlib
@@ -183,6 +183,9 @@ def describe_model(path: str, base_model: str) -> tuple[str, str | None]:
             raise ModelError(f"{path}: no such model folder, and not a hub name such as mistralai/Mistral-7B-v0.3.")
         return path, None
     if (folder / "config.json").is_file():
+        card = json.loads((folder / CARD).read_text(encoding="utf-8")) if (folder / CARD).is_file() else None
+        if card is not None and card["prompt_sha256"] != student_prompt_sha256():
+            raise ModelError(f"{path}: the merged model was trained with another prompt than this version renders; its own stands in {CARD}.")
         return path, None
     if not is_adapter(path):
         runs = [str(path.parent) for path in folder.glob("*/adapter_config.json")][:3]
