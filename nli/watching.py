@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nli.engines import generate_greedily
-from nli.metrics import UNPARSED, score_classes
 from nli.parsing import ParseStatus, parse_answer
 from nli.tokenization import IGNORED_LABEL
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH_ROWS = 32
+UNPARSED = -1  # as in nli.metrics
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class Watch:
     def score(self, answers: list[tuple[int, int, bool]]) -> dict[str, float]:
         """The figures of all ranks' answers. Precision, recall and F1 are absent where the sample has one label only."""
         import numpy as np
+
+        from nli.metrics import score_classes  # its libraries take a second to load
 
         predicted = np.array([label for _, label, _ in sorted(answers)])
         truth = np.array(self.truths)
