@@ -1,11 +1,12 @@
 """One chat-completions call over HTTP, in the wire format of Mistral's API and of every server that speaks it (vLLM among them).
 
     async with ChatClient("https://api.mistral.ai", key, timeout_seconds=60) as client:
-        reply = await client.complete({"model": "ministral-8b-2512", "messages": [...]})
+        data = await client.complete(b'{"messages": [...], "model": "ministral-8b-2512"}')
+        reply = read_reply(data)
         reply.text, reply.finish_reason, reply.num_prompt_tokens
 
-A call is made once; retrying is the caller's. A failure is one of two: CallFailed, which says whether another try can help, or TeacherError, after which no
-call of this run can succeed.
+A call is made once; retrying is the caller's. A failure is one of two: CallFailed, which says whether another try can help and whether the call may have
+been billed, or TeacherError, after which no call of this run can succeed.
 """
 
 import asyncio
@@ -13,7 +14,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -23,6 +23,8 @@ import aiohttp
 from nli.errors import TeacherError
 
 KEY_VARIABLE = "MISTRAL_API_KEY"
+NO_KEY = "none"  # stands for the key of a server that asks for none
+CONNECT_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,27 @@ class Reply:
 
 
 class CallFailed(Exception):
-    """One call failed. `retryable`: the same call may succeed later; `retry_after`: seconds that the server asks to wait, if it does."""
+    """One call failed. `kind` is a word for it: http_429, reset, timeout, ….
 
-    def __init__(self, reason: str, retryable: bool, retry_after: float | None = None) -> None:
+    `retryable`: the same call may succeed later; `is_ambiguous`: it was sent and no answer came, so it may have been billed; `retry_after`: seconds that the
+    server asks to wait, if it does.
+    """
+
+    def __init__(self, reason: str, kind: str, retryable: bool, is_ambiguous: bool = False, retry_after: float | None = None) -> None:
         super().__init__(reason)
+        self.kind = kind
         self.retryable = retryable
+        self.is_ambiguous = is_ambiguous
         self.retry_after = retry_after
 
 
 def read_api_key(key_file: str = "") -> str:
-    """The API key: from `key_file`, else from MISTRAL_API_KEY in the environment, else from `.env` in the current folder. Raises TeacherError without one."""
+    """The API key: from `key_file`, else from MISTRAL_API_KEY in the environment, else from `.env` in the current folder. Raises TeacherError without one.
+
+    A `key_file` called `none` stands for a server that asks for no key.
+    """
+    if key_file == NO_KEY:
+        return NO_KEY
     if key_file:
         try:
             key = Path(key_file).read_text(encoding="utf-8").strip()
@@ -68,15 +81,18 @@ def read_api_key(key_file: str = "") -> str:
 class Unreachable(CallFailed):
     """No connection could be made: the call was not sent."""
 
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, "unreachable", retryable=True)
+
 
 class ChatClient:
     """A connection pool to one server. Use as an async context manager, or call `close`."""
 
     def __init__(self, base_url: str, api_key: str, timeout_seconds: float) -> None:
         self._url = chat_url(base_url)
-        self._headers = {"Authorization": f"Bearer {api_key}", "Content-Type": "application/json"}
+        self._headers = {"Content-Type": "application/json"} | ({} if api_key == NO_KEY else {"Authorization": f"Bearer {api_key}"})
         self._key = api_key.encode()
-        self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+        self._timeout = aiohttp.ClientTimeout(total=timeout_seconds, sock_connect=min(timeout_seconds, CONNECT_SECONDS))
         self._session: aiohttp.ClientSession | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -102,24 +118,49 @@ class ChatClient:
         else:
             loop.run_until_complete(session.close())
 
-    async def complete(self, body: Mapping) -> Reply:
-        """Send one request. Raises CallFailed, or TeacherError for a refused key (401, 403) or an unknown address or model (404)."""
+    async def complete(self, body: bytes) -> bytes:
+        """Send one request's JSON; returns the body of the reply, which `read_reply` can read.
+
+        Raises CallFailed, or TeacherError for a refused key (401, 403) or an unknown address or model (404).
+        """
         if self._session is None:
             self._loop = asyncio.get_running_loop()
             connector = aiohttp.TCPConnector(limit=0)
             self._session = aiohttp.ClientSession(headers=self._headers, timeout=self._timeout, connector=connector)
         try:
-            async with self._session.post(self._url, data=json.dumps(body)) as response:
-                data = await response.read()
+            async with self._session.post(self._url, data=body) as response:
+                data = self._hide_key(await response.read())
                 if response.status != 200:
-                    raise _failure(self._url, response.status, response.headers.get("Retry-After"), data.replace(self._key, b"***"))
-        except aiohttp.ClientConnectorError as error:
-            raise Unreachable(f"no connection to {self._url} ({error.os_error.strerror or error.os_error})", retryable=True) from None
-        except (aiohttp.ClientError, ConnectionError) as error:
-            raise CallFailed(f"the connection broke ({type(error).__name__})", retryable=True) from None
+                    raise _failure(self._url, response.status, response.headers.get("Retry-After"), data)
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            cause = getattr(error, "os_error", None)
+            raise Unreachable(f"no connection to {self._url} ({getattr(cause, 'strerror', None) or cause or 'timeout'})") from None
         except TimeoutError:
-            raise CallFailed(f"no answer within {self._timeout.total:g} s", retryable=True) from None
-        return _read_reply(data)
+            raise CallFailed(f"no answer within {self._timeout.total:g} s", "timeout", retryable=True, is_ambiguous=True) from None
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise CallFailed(f"the connection broke ({type(error).__name__})", "reset", retryable=True, is_ambiguous=True) from None
+        read_reply(data)
+        return data
+
+    def _hide_key(self, data: bytes) -> bytes:
+        return data if self._key == NO_KEY.encode() else data.replace(self._key, b"***")
+
+
+def check_reachable(base_url: str, seconds: float = 10.0) -> None:
+    """Open and close a connection to the server, without sending anything. Raises Unreachable after three tries."""
+    import socket
+    from urllib.parse import urlsplit
+
+    place = urlsplit(base_url)
+    address = (place.hostname or "", place.port or (443 if place.scheme == "https" else 80))
+    for is_last in (False, False, True):
+        try:
+            socket.create_connection(address, timeout=seconds).close()
+            return
+        except OSError as error:
+            if is_last:
+                raise Unreachable(f"no connection to {base_url} ({error.strerror or error})") from None
+            time.sleep(0.5)
 
 
 def chat_url(base_url: str) -> str:
@@ -127,7 +168,8 @@ def chat_url(base_url: str) -> str:
     return base_url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
 
 
-def _read_reply(data: bytes) -> Reply:
+def read_reply(data: bytes) -> Reply:
+    """The reply in a response's body. Raises CallFailed if it is no chat completion; it may have been billed all the same."""
     try:
         body = json.loads(data)
         choice, usage = body["choices"][0], body.get("usage") or {}
@@ -138,7 +180,7 @@ def _read_reply(data: bytes) -> Reply:
             raise TypeError
         return Reply(text or "", choice.get("finish_reason"), body.get("model", ""), usage.get("prompt_tokens"), usage.get("completion_tokens"))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise CallFailed("the body of the reply is not a chat completion", retryable=True) from None
+        raise CallFailed("the body of the reply is not a chat completion", "no_completion", retryable=True, is_ambiguous=True) from None
 
 
 def _failure(url: str, status: int, retry_after: str | None, data: bytes) -> Exception:
@@ -147,7 +189,8 @@ def _failure(url: str, status: int, retry_after: str | None, data: bytes) -> Exc
         return TeacherError(f"{url} refuses the API key (HTTP {status}: {message}). Check {KEY_VARIABLE}; finished rows are kept.")
     if status == 404:
         return TeacherError(f"{url}: HTTP 404: {message}. Check --base-url and --model; finished rows are kept.")
-    return CallFailed(f"HTTP {status}: {message}", status in (408, 425, 429) or status >= 500, _seconds(retry_after))
+    retryable = status in (408, 425, 429) or status >= 500
+    return CallFailed(f"HTTP {status}: {message}", f"http_{status}", retryable, retry_after=_seconds(retry_after))
 
 
 def _error_message(data: bytes) -> str:

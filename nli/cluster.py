@@ -87,33 +87,40 @@ def spread(
     label: str,
     num_cpus: float = 1,
     num_gpus: float = 0,
+    awaits_all: bool = False,
 ) -> Iterator[list[dict]]:
     """Call `actor(*arguments)` on lists of rows by Ray Data, in `num_workers` actors, and yield the lists that it returns as they finish.
 
-    An actor whose `__call__` is a coroutine works on several batches at once. An error of ours that ends an actor's work is raised here as itself.
+    An error of ours that ends an actor's work is raised here as itself: at once or, with `awaits_all`, after all other work has ended. `awaits_all` is for
+    actors whose `__call__` is a coroutine and that end by themselves when one of them fails; each works on several batches at once, and the caller shows
+    what they do.
     """
     import ray
     from tqdm import tqdm
 
     quiet_ray_data()
-    num_blocks = max(1, min(len(rows), max(2 * num_workers, len(rows) // max(1, 4 * batch_size))))
+    num_blocks = len(rows) if awaits_all else max(1, min(len(rows), max(2 * num_workers, len(rows) // max(1, 4 * batch_size))))
     dataset = ray.data.from_items([{"row": json.dumps(row)} for row in rows], override_num_blocks=num_blocks).map_batches(
         _CallAsync if inspect.iscoroutinefunction(actor.__call__) else _Call,
         fn_constructor_args=(actor, arguments),
-        compute=ray.data.ActorPoolStrategy(size=num_workers),
+        compute=ray.data.ActorPoolStrategy(size=num_workers, max_concurrent_calls_per_actor=3 if awaits_all else None),
         batch_size=batch_size,
         num_cpus=num_cpus,
         num_gpus=num_gpus or None,
     )
     interval = 0.5 if sys.stderr.isatty() else 15  # seconds between progress lines; a log file keeps every one
-    with tqdm(total=len(rows), desc=label, unit="row", mininterval=interval, maxinterval=interval, dynamic_ncols=True) as progress:
+    first_error = None
+    with tqdm(total=len(rows), desc=label, unit="row", mininterval=interval, maxinterval=interval, dynamic_ncols=True, disable=awaits_all) as progress:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             results, error = _read_results(batch.column("row").to_pylist())
             progress.update(len(results))
             if results:
                 yield results
-            if error is not None:
-                raise error
+            first_error = first_error or error
+            if first_error is not None and not awaits_all:
+                break
+    if first_error is not None:
+        raise first_error
 
 
 def quiet_ray_data() -> None:
@@ -127,16 +134,9 @@ def quiet_ray_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = -1  # a slow account, or a long batch, is no fault
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal").setLevel(logging.ERROR)
-
-
-class StoppedEarly(Exception):
-    """An actor ends the work with `error`, an NLIError; `rows` were finished before and are not lost."""
-
-    def __init__(self, rows: list[dict], error: NLIError) -> None:
-        super().__init__(str(error))
-        self.rows, self.error = rows, error
 
 
 class _Call:
@@ -168,8 +168,6 @@ class _CallAsync(_Call):
     async def __call__(self, batch: Mapping) -> dict:
         try:
             return _pack(await self._ready()(_unpack(batch)))
-        except StoppedEarly as stop:
-            return _pack(stop.rows, stop.error)
         except NLIError as error:
             return _pack([], error)
 

@@ -8,7 +8,10 @@ unlabelled then. Other columns ride along as text. Nothing is stripped, lower-ca
 """
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 
 from nli.config import nearest
@@ -23,17 +26,25 @@ csv.field_size_limit(1 << 27)  # characters; the default of 131,072 refuses long
 
 
 def read_examples(path: Path, max_rows: int = 0, need_labels: bool = False) -> list[dict]:
-    """Rows of a CSV as Examples, at most `max_rows` of them (0: all).
+    """Rows of a CSV as Examples, at most `max_rows` of them (0: all). Raises as `iterate_examples` does."""
+    return list(iterate_examples(path, max_rows, need_labels))
+
+
+def iterate_examples(path: Path, max_rows: int = 0, need_labels: bool = False) -> Iterator[dict]:
+    """The same, one by one, for files that should not be held in memory. A faulty file raises at its end, or instead of its next row.
 
     Raises DataError, all faults at once with their lines: no file, no rows, no `premise` or `hypothesis` column, an empty text, a label that is not 0 or 1,
     a repeated id, a row with too many or too few cells, bytes that are not UTF-8; with `need_labels`, also a pair without label.
     """
-    header, records = _read_csv(path)
+    records = _iterate_csv(path)
+    _, header = next(records)
     _check_header(path, header, need_labels)
     label_column = "label" if "label" in header else "true_label"
-    rows, faults, lines_by_id = [], [], {}
+    faults: list[str] = []
+    places = array("q")  # (hash of the id, line) of every row, flat: some bytes a row instead of a dict's hundreds
+    num_rows = 0
     for index, (line, cells) in enumerate(records):
-        if max_rows and len(rows) == max_rows:
+        if max_rows and num_rows == max_rows:
             break
         if len(cells) != len(header):
             faults.append(f"{path}:{line}: {len(cells)} cells where the header has {len(header)}; quote a text that holds commas or newlines")
@@ -47,15 +58,38 @@ def read_examples(path: Path, max_rows: int = 0, need_labels: bool = False) -> l
         row["true_label"] = _LABELS.get(label.strip())
         if need_labels and row["true_label"] is None:
             faults.append(f"{path}:{line}: no label, which this stage needs")
-        if row["id"] in lines_by_id:
-            faults.append(f"{path}:{line}: id {row['id']!r} stands at line {lines_by_id[row['id']]} already")
-        lines_by_id[row["id"]] = line
-        rows.append(row | named)
+        places.extend((_hash(row["id"]), line))
+        num_rows += 1
+        if not faults:
+            yield row | named
+    if "id" in header:
+        faults += _find_repeated_ids(path, header.index("id"), places)
     if faults:
-        raise DataError(summarise_faults(faults, "mend these rows; nothing was started"))
-    if not rows:
+        raise DataError(summarise_faults(sorted(faults, key=_line_of), "mend these rows; nothing was started"))
+    if not num_rows:
         raise DataError(f"{path}: the file has a header but no rows.")
-    return rows
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(sha256(text.encode()).digest()[:8], "little", signed=True)
+
+
+def _find_repeated_ids(path: Path, column: int, places: array) -> list[str]:
+    """A fault for each id that stands at an earlier line already. The file is read again only if there is one."""
+    import numpy as np
+
+    hashes, lines = np.frombuffer(places, np.int64).reshape(-1, 2).T
+    order = np.lexsort((lines, hashes))
+    repeats = np.flatnonzero(np.diff(hashes[order]) == 0)
+    if not len(repeats):
+        return []
+    earlier = {int(lines[order[index + 1]]): int(lines[order[index]]) for index in repeats}
+    ids = {line: cells[column] for line, cells in _iterate_csv(path) if line in earlier}
+    return [f"{path}:{line}: id {ids[line]!r} stands at line {earlier[line]} already" for line in sorted(earlier)]
+
+
+def _line_of(fault: str) -> int:
+    return int(re.search(r":(\d+): ", fault).group(1))
 
 
 def is_labelled(rows: Sequence[Mapping]) -> bool:
@@ -68,15 +102,16 @@ def shared_premises(left: Iterable[Mapping], right: Iterable[Mapping]) -> set[st
     return {row["premise"] for row in left} & {row["premise"] for row in right}
 
 
-def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+def _iterate_csv(path: Path) -> Iterator[tuple[int, list[str]]]:
     """The header and the data rows, each with the line that it starts on; blank lines are passed over."""
-    records, line = [], 1
+    is_empty, line = True, 1
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             for cells in reader:
                 if cells:
-                    records.append((line, cells))
+                    is_empty = False
+                    yield line, cells
                 line = reader.line_num + 1
     except FileNotFoundError:
         raise DataError(f"{path}: no such file.") from None
@@ -86,9 +121,8 @@ def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
         raise DataError(f"{path}: not UTF-8 near line {line} (byte {error.object[error.start]:#04x}); save it as UTF-8.") from None
     except csv.Error as error:
         raise DataError(f"{path}:{line}: not CSV ({error}); a quote may be left open there.") from None
-    if not records:
+    if is_empty:
         raise DataError(f"{path}: the file is empty; it needs a header with premise,hypothesis[,label] and a row for each pair.")
-    return records[0][1], records[1:]
 
 
 def _check_header(path: Path, header: Sequence[str], need_labels: bool) -> None:

@@ -73,6 +73,8 @@ class PipelineConfig:
     def __post_init__(self) -> None:
         if not self.ablations or len(set(self.ablations)) != len(self.ablations):
             raise ConfigError("ablations needs at least one, each once.")
+        if self.train.preflight:
+            raise ConfigError("preflight looks at one training run: use train_sft --preflight.")
         if self.thoughts.max_rows != self.inference.max_rows:
             raise ConfigError(
                 f"thoughts.max_rows {self.thoughts.max_rows} and inference.max_rows {self.inference.max_rows} differ, "

@@ -71,9 +71,13 @@ class TrainConfig:
     eval_steps: CountOrZero = 0
     """optimizer steps between evaluations (and checkpoints); 0: once per epoch"""
     early_stopping_patience: CountOrZero = 3
-    """evaluations without a better eval loss before training ends; 0: never"""
+    """evaluations without a better one before training ends; 0: never"""
+    watch_rows: CountOrZero = 64
+    """labelled dev rows that the model answers at each evaluation, for accuracy, unparsed and EOS rates in the log; 0: none"""
+    best_by: Literal["eval_loss", "accuracy"] = "eval_loss"
+    """what the best checkpoint has best, and early stopping looks at; accuracy is that over watch_rows"""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
-    """checkpoints kept, the best one always among them"""
+    """newest checkpoints kept; the best one stays beside them"""
     log_steps: Count = 10
     """optimizer steps between log lines"""
     seed: CountOrZero = 42
@@ -89,6 +93,8 @@ class TrainConfig:
     """train on GPUs; None: if the cluster has any"""
     gpu: CountOrZero | None = None
     """index of the GPU to use on this machine, by one worker; refused on a cluster"""
+    preflight: bool = False
+    """only check the data and say what the run will be like: starts nothing, writes nothing"""
     max_failures: CountOrZero = 3
     """times that lost workers are started again"""
     wandb: bool = True
@@ -109,6 +115,8 @@ class TrainConfig:
             raise ConfigError(f"parallel {self.parallel} is not offered: {reason}. Use ddp: it exchanges adapters alone, and a 7B base takes 4 GB.")
         if self.parallel == "zero2" and self.compute_dtype != "bf16":
             raise ConfigError("parallel zero2 computes in bf16; leave compute_dtype at bf16, or use parallel ddp.")
+        if self.best_by == "accuracy" and not self.watch_rows:
+            raise ConfigError("best_by accuracy needs watch_rows, the dev rows that accuracy is taken over; give more than 0.")
         if self.gpu is not None and self.num_workers > 1:
             raise ConfigError(f"gpu {self.gpu} is one GPU and num_workers {self.num_workers} need one each; leave gpu out, or train with one worker.")
         if self.gpu is not None and self.use_gpu is False:
@@ -118,5 +126,6 @@ class TrainConfig:
 # What may differ between two attempts at the same run: places, hardware, and how much is logged or kept.
 FREE_FIELDS = {
     *("base_model", "train_file", "dev_file", "output_dir", "storage_root", "num_workers", "cpus_per_worker", "use_gpu", "gpu", "max_failures", "wandb"),
+    "preflight",
     *("wandb_project", "log_steps", "keep_checkpoints", "per_device_batch_size", "micro_batch_tokens", "activation_checkpointing", "memory_limit_gb"),
 }

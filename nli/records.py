@@ -62,7 +62,10 @@ class Score(Answer):
 
 
 class Reflection(Answer):
-    """A wrong Answer, unchanged, with the stronger model's analysis. `reflected_label` is that model's own label, `predicted_label` stays the wrong one."""
+    """A wrong Answer, unchanged, with the stronger model's analysis. `reflected_label` is that model's own label, `predicted_label` stays the wrong one.
+
+    `telling_phrase` is what betrays, in the improved thought, that the model was told the label.
+    """
 
     reflected_by: str
     reflection_prompt_sha256: str
@@ -70,6 +73,7 @@ class Reflection(Answer):
     error_analysis: str | None
     improved_thought_process: str | None
     reflected_label: Label | None
+    telling_phrase: str | None = None
     reflection_status: str
     reflection_problem: str = ""
     num_reflection_prompt_tokens: int | None = None

@@ -8,18 +8,18 @@ Right answers are not sent, nor are unlabelled rows, nor answers that could not 
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
-from nli.cluster import connected, spread
 from nli.config import config_class
+from nli.generation import Generation, run_generation
+from nli.leaks import betrays_label
 from nli.parsing import ParseStatus
 from nli.prompts import TEACHER_PROMPTS
-from nli.records import Answer, is_correct, row_key
-from nli.runs import manifest_beside, start_run
-from nli.storage import RowFile, index_rows, read_jsonl, resolve_input, resolve_output
-from nli.teacher import Outcome, Teacher, TeacherConfig, check_teacher, describe_requests, refuse_failed, settle_key_file
+from nli.records import Answer, is_correct
+from nli.storage import iterate_jsonl, resolve_input, resolve_output
+from nli.teacher import Outcome, TeacherConfig
 
 PROMPT = TEACHER_PROMPTS["reflection"]
 
@@ -36,6 +36,9 @@ class GenerateReflectionsConfig(TeacherConfig):
     """model name as the server knows it; stronger than the one that answered"""
     prompt_name: Literal["reflection"] = "reflection"
     """what the model is asked to do"""
+
+    def __post_init__(self) -> None:
+        self.check()
 
 
 def needs_reflection(answer: Mapping) -> bool:
@@ -54,6 +57,7 @@ def to_reflection(answer: Mapping, outcome: Outcome, config: GenerateReflections
         "error_analysis": fields.get("error_analysis"),
         "improved_thought_process": fields.get("improved_thought_process"),
         "reflected_label": fields.get("predicted_label"),
+        "telling_phrase": betrays_label(fields.get("improved_thought_process") or ""),
         "reflection_status": outcome.status,
         "reflection_problem": outcome.problem,
         "num_reflection_prompt_tokens": outcome.num_prompt_tokens,
@@ -61,57 +65,57 @@ def to_reflection(answer: Mapping, outcome: Outcome, config: GenerateReflections
     }
 
 
-class ReflectionWriter:
-    """Ray Data actor: wrong Answers in, Reflections out."""
-
-    def __init__(self, config: GenerateReflectionsConfig) -> None:
-        self.config = config
-        self.teacher = Teacher(config, PROMPT, check_teacher(config), share=1 / config.workers)
-
-    async def __call__(self, answers: list[dict]) -> list[dict]:
-        return await self.teacher.ask_all(answers, lambda answer, outcome: to_reflection(answer, outcome, self.config))
-
-
 def run(config: GenerateReflectionsConfig) -> Path:
-    """Reflect on every wrong answer that has no reflection yet; returns the output's path. Raises as `nli.thoughts.run` does."""
-    config = settle_key_file(config)
+    """Reflect on every wrong answer that has no reflection yet; returns the output's path. Raises as `run_generation` does."""
     source = resolve_input(config.thoughts, config.storage_root)
-    output = RowFile(resolve_output(config.output_jsonl, config.storage_root))
-    answers = read_jsonl(source, Answer)[: config.max_rows or None]
-    check_teacher(config)
-    record = start_run(manifest_beside(output.path), "reflections", describe_requests(config, PROMPT), config, [source], has_work=output.exists())
-
-    wrong = [answer for answer in answers if needs_reflection(answer)]
-    current = index_rows(wrong, source)
-    reflections = {key: row for key, row in output.read_finished().items() if key in current and is_about(row, current[key])}
-    pending = [answer for key, answer in current.items() if key not in reflections]
-    done = len(wrong) - len(pending)
-    print(f"reflections: {len(answers)} answers, {len(wrong)} wrong, {done} reflected already, {len(pending)} to ask {config.model} for", flush=True)
-    if pending:
-        with connected():
-            for batch in spread(pending, ReflectionWriter, (config,), num_workers=config.workers, batch_size=config.max_in_flight, label="reflections"):
-                output.append(batch)
-                reflections |= {row_key(row): row for row in batch}
-    finished = [reflections[key] for key in current]
-    output.finish(finished)
-    record.finish(count_reflections(answers, finished))
-    print(f"reflections: {record.manifest['counts']} -> {output.path}", flush=True)
-    refuse_failed(finished, "reflection_status", "reflection_problem", output.path)
-    return output.path
-
-
-def is_about(reflection: Mapping, answer: Mapping) -> bool:
-    """Whether a finished reflection was made of this very answer, and its request did not fail."""
-    same = all(reflection[name] == answer[name] for name in ("thought_process", "predicted_label", "true_label"))
-    return same and reflection["reflection_status"] != ParseStatus.REQUEST_FAILED
+    output = resolve_output(config.output_jsonl, config.storage_root)
+    answers: Counter = Counter()
+    work = Generation(
+        stage="reflections",
+        config=config,
+        prompt=PROMPT,
+        source=source,
+        output=output,
+        read_rows=lambda: read_wrong(source, config.max_rows, answers),
+        build_row=lambda row, outcome: to_reflection(row, outcome, config),
+        count_row=count_reflection,
+        find_fault=find_fault,
+    )
+    counts = run_generation(work)
+    if counts is not None:
+        left = f"{answers['unreadable']} unreadable and {answers['unlabelled']} unlabelled ones left out"
+        dead = {name.removeprefix("dead_"): count for name, count in counts.items() if name.startswith("dead_")}
+        usable = counts["rows"] - sum(dead.values())
+        reasons = f" ({dead})" if dead else ""
+        print(f"reflections: {answers['answers']} answers, {left}; {usable} of {counts['rows']} reflections usable{reasons} -> {output}", flush=True)
+    return output
 
 
-def count_reflections(answers: list[dict], reflections: list[dict]) -> dict:
-    """How many answers there were, how many were wrong or unreadable, and how the reflections ended."""
-    return {
-        "answers": len(answers),
-        "unreadable_answers": sum(answer["parse_status"] != ParseStatus.OK for answer in answers),
-        "rows": len(reflections),
-        **{f"status_{status}": count for status, count in sorted(Counter(row["reflection_status"] for row in reflections).items())},
-        "label_disagrees": sum(row["reflection_status"] == ParseStatus.OK and row["reflected_label"] != row["true_label"] for row in reflections),
-    }
+def read_wrong(source: Path, max_rows: int, answers: Counter) -> Iterable[dict]:
+    """The wrong ones among the first `max_rows` answers (0: all); `answers` counts what was read."""
+    for answer in iterate_jsonl(source, Answer):
+        if max_rows and answers["answers"] == max_rows:
+            return
+        answers["answers"] += 1
+        answers["unreadable"] += answer["parse_status"] != ParseStatus.OK
+        answers["unlabelled"] += answer["parse_status"] == ParseStatus.OK and answer["true_label"] is None
+        if needs_reflection(answer):
+            yield answer
+
+
+def find_fault(reflection: Mapping) -> tuple[str, str] | None:
+    """Why a reflection is no material for training, or None: it cannot be read, misses the true label, or betrays that it was told it."""
+    if reflection["reflection_status"] != ParseStatus.OK:
+        return reflection["reflection_status"], reflection["reflection_problem"]
+    if reflection["reflected_label"] != reflection["true_label"]:
+        return "label_disagrees", f"it reaches {reflection['reflected_label']}, and the true label is {reflection['true_label']}"
+    if reflection["telling_phrase"]:
+        return "betrays_label", reflection["telling_phrase"]
+    return None
+
+
+def count_reflection(counts: Counter, reflection: Mapping) -> None:
+    """Add a Reflection to the run's counts."""
+    counts[f"status_{reflection['reflection_status']}"] += 1
+    counts["prompt_tokens"] += reflection["num_reflection_prompt_tokens"] or 0
+    counts["completion_tokens"] += reflection["num_reflection_completion_tokens"] or 0

@@ -8,23 +8,19 @@ Out:  run        n    unparsed  accuracy  95 % interval  macro F1
 The page holds its style and its pictures (SVG, drawn by matplotlib), fetches nothing and runs no script. All text from data is escaped.
 """
 
-import io
 import json
-import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from nli.errors import DataError, ResumeError
+from nli.figures import COLOURS, draw_intervals
 from nli.runs import read_manifest
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b0508f", "#3d3d3d", "#4a9fd8", "#c48a00", "#6f52a8")
-MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 GLYPHS = "●■◆▲▼✚✖"
-"""the same marks as characters; one fewer than colours, so that 56 runs differ in one or the other"""
+"""the marks of nli.figures as characters"""
 NONE = "–"
 
 
@@ -51,19 +47,9 @@ def render_table(evaluation: Mapping) -> str:
 
 def render_report(evaluation: Mapping, extra_sections: Iterable[Mapping] = ()) -> str:
     """The HTML page. An extra section is {"title", "note" (may be missing), and "rows" (a list of objects, shown as a table) or "html" (put in as it is)}."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "share": format_share,
-        "signed": format_signed,
-        "p": format_p,
-        "percent": format_percent,
-        "count": format_count,
-        "cell": format_cell,
-        "label": format_label,
-    }
-    template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
     names = [row["run"] for row in evaluation["runs"]]
-    return template.render(
+    return render_page(
+        "report.html.j2",
         evaluation=evaluation,
         interval=format_interval,
         scored=is_scored(evaluation),
@@ -73,6 +59,22 @@ def render_report(evaluation: Mapping, extra_sections: Iterable[Mapping] = ()) -
         slices=group_slices(evaluation),
         sections=[read_section(section) for section in extra_sections],
     )
+
+
+def render_page(template: str, **values: object) -> str:
+    """A template of this folder with the report's formats; all text from data is escaped."""
+    loader = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "share": format_share,
+        "signed": format_signed,
+        "p": format_p,
+        "percent": format_percent,
+        "count": format_count,
+        "cell": format_cell,
+        "label": format_label,
+    }
+    return environment.get_template(template).render(**values)
 
 
 def summarise(evaluation: Mapping) -> list[str]:
@@ -141,51 +143,6 @@ def draw_slices(rows: Sequence[Mapping], names: Sequence[str], left: float) -> M
     # A range that differs from run to run, as that of their own thoughts does, belongs to no line.
     lines = [(f"{group}: {min(spans[group])}" if len(spans[group]) == 1 and min(spans[group]) else group, marks) for group, marks in groups.items()]
     return draw_intervals(lines, "accuracy", left, width=5.1, line=0.15 if len(names) > 1 else 0.24)
-
-
-def draw_intervals(lines: Sequence[tuple[str, Sequence[tuple[int, float, float, float, bool]]]], title: str, left: float, width: float, line: float) -> Markup:
-    """An SVG of labelled lines from top to bottom; each holds marks (number of the run, value, low, high, hollow). Sizes in inches."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    gap = 1.2 if max((len(marks) for _, marks in lines), default=1) > 1 else 0.0  # in marks, between two lines
-    total = sum(len(marks) + gap for _, marks in lines)
-    margin_left, margin_bottom = 1.75, 0.48
-    height = max(total, 1) * line + margin_bottom + 0.08
-    settings = {"svg.fonttype": "none", "svg.hashsalt": f"{title}{lines}", "text.parse_math": False, "font.size": 9.5}
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(width, height))
-        axes = figure.add_axes((margin_left / width, margin_bottom / height, 1 - (margin_left + 0.15) / width, 1 - (margin_bottom + 0.08) / height))
-        ticks, y = [], 0.0
-        for number, (_, marks) in enumerate(lines):
-            if number % 2 == 0:
-                axes.axhspan(y - 0.5 - gap / 2, y + len(marks) - 0.5 + gap / 2, color="#f4f5f7", linewidth=0, zorder=0)
-            ticks.append(y + (len(marks) - 1) / 2)
-            for run, value, low, high, hollow in marks:
-                colour = COLOURS[run % len(COLOURS)]
-                axes.plot([low, high], [y, y], color=colour, linewidth=1.1 if hollow else 1.8, alpha=0.45 if hollow else 0.85, solid_capstyle="butt", zorder=2)
-                face = "white" if hollow else colour
-                axes.plot([value], [y], MARKERS[run % len(MARKERS)], color=colour, markerfacecolor=face, markersize=5, zorder=3)
-                y += 1
-            y += gap
-        axes.set_ylim(y - 0.5 - gap / 2, -0.5 - gap / 2)
-        axes.set_xlim(max(0.0, int(left * 10) / 10 - 0.02), 1.02)
-        axes.set_yticks(ticks, [name if len(name) <= 26 else f"{name[:25]}…" for name, _ in lines], color="#1f2933")
-        axes.set_xlabel(title, color="#52606d")
-        axes.tick_params(length=0, labelcolor="#1f2933")
-        axes.grid(axis="x", color="#d9dde3", linewidth=0.7, zorder=1)
-        axes.set_axisbelow(True)
-        for side in axes.spines.values():
-            side.set_visible(False)
-        buffer = io.StringIO()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing")  # the text is drawn by the browser, in its own fonts
-            figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    # The viewBox gives the proportions; the page's style gives the width.
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 role="img" aria-label="{title}"', svg, count=1)
-    return Markup(re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1))
 
 
 def read_section(section: Mapping) -> dict:

@@ -10,31 +10,35 @@ killed worker or driver goes on from the newest checkpoint whose files verify. T
 import json
 import os
 import shutil
+import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nli import tokenization
+from nli import preflight, tokenization
 from nli.checkpoints import fingerprint_model, fingerprint_tokenizer, has_work
 from nli.cluster import check_gpu_choice, connected, own_error, quiet_ray_data
 from nli.config import as_dict
-from nli.errors import ConfigError, DataError, ResumeError, StorageError
-from nli.examples import shared_premises
+from nli.errors import ConfigError, ResumeError, StorageError
 from nli.model import check_base
+from nli.preflight import Splits, check_splits, describe_overlong, find_token_faults, list_items, raise_faults, read_splits, tokenise_batch, tokenise_here
+from nli.preflight_report import check_disk, describe_run, wants_colour
 from nli.prompts import student_prompt_sha256
 from nli.recipe import FREE_FIELDS, TrainConfig
-from nli.records import SFTExample, content_hash
+from nli.records import content_hash
 from nli.runs import describe_differences, read_manifest, start_run
-from nli.storage import read_jsonl, resolve_input, resolve_output, sha256_file, summarise_faults
-from nli.tokenization import encode_example, load_tokenizer
+from nli.storage import resolve_input, resolve_output, sha256_file, write_atomic
+from nli.tokenization import load_tokenizer
 from nli.training import train_worker
+
+_SHOWN = ("rows", "steps", "time", "memory", "leakage")  # of the preflight's report, where a run starts
 
 
 @dataclass(frozen=True)
 class FitPlan:
-    """A checked training run: absolute paths and tokenised rows."""
+    """A checked training run: absolute paths, and what decides its result."""
 
     config: TrainConfig
     output: Path
@@ -43,12 +47,15 @@ class FitPlan:
 
 
 def run(config: TrainConfig) -> Path:
-    """Train, or go on with a run that was interrupted; returns the adapter's folder.
+    """Train, or go on with a run that was interrupted; returns the adapter's folder. With `preflight`, only say what the run will be like.
 
     Raises ConfigError, DataError, ModelError or StorageError before any GPU is used, and ResumeError if the folder holds another run.
     """
     check_gpu_choice(config.gpu, config.use_gpu)
     plan = plan_fit(config)
+    if config.preflight:
+        show_preflight(plan)
+        return plan.output
     if (finished := read_finished(plan)) is not None:
         print(f"sft: {plan.output} is finished already (eval loss {show_loss(finished['eval_loss'])})", flush=True)
         return plan.output
@@ -62,36 +69,23 @@ def plan_fit(config: TrainConfig) -> FitPlan:
     """Resolve paths and check base, tokenizer, rows and splits, without Ray and without loading weights."""
     train, dev = resolve_input(config.train_file, config.storage_root), resolve_input(config.dev_file, config.storage_root)
     output = resolve_output(config.output_dir, config.storage_root)
-    check_splits(train, dev, read_jsonl(train, SFTExample), read_jsonl(dev, SFTExample))
     base = config.base_model
     if (local := Path(os.path.abspath(base))).is_dir():
         base = str(local)
+    check_splits((train, dev), base, config.max_length, config.drop_overlong)
     check_base(base)
     load_tokenizer(base)
-    settled = {name: value for name, value in as_dict(config).items() if name not in FREE_FIELDS}
+    free = FREE_FIELDS | ({"watch_rows"} if config.best_by == "eval_loss" else set())
+    settled = {name: value for name, value in as_dict(config).items() if name not in free}
     identity = {
         "base": fingerprint_model(base),
+        "tokenizer": fingerprint_tokenizer(base),
         "train_sha256": sha256_file(train),
         "dev_sha256": sha256_file(dev),
         "student_prompt_sha256": student_prompt_sha256(),
         **settled,
     }
     return FitPlan(TrainConfig(**(as_dict(config) | {"base_model": base})), output, (train, dev), identity)
-
-
-def check_splits(train: Path, dev: Path, train_rows: Sequence[Mapping], dev_rows: Sequence[Mapping]) -> None:
-    """Raise DataError if a pair stands in both files; say how many premises do."""
-    lines = {(row["premise"], row["hypothesis"]): number for number, row in enumerate(train_rows, start=1)}
-    faults = [
-        f"{dev}:{number}: the pair stands in {train}:{lines[pair]} too"
-        for number, row in enumerate(dev_rows, start=1)
-        if (pair := (row["premise"], row["hypothesis"])) in lines
-    ]
-    if faults:
-        raise DataError(summarise_faults(faults, "a dev row that was trained on measures nothing; remove these rows from one of the files"))
-    shared = shared_premises(train_rows, dev_rows)
-    if shared:
-        print(f"sft: warning: {len(shared)} premises stand in both {train.name} and {dev.name}; the eval loss is a little too good", flush=True)
 
 
 def read_finished(plan: FitPlan) -> dict | None:
@@ -141,6 +135,19 @@ def check_room(config: TrainConfig, use_gpu: bool, extra_cpus: float = 0.0) -> N
             )
 
 
+def show_preflight(plan: FitPlan) -> None:
+    """Print the whole report of a run and start nothing. Raises what `fit` would raise: for a row that cannot be trained on, a disk too small, another run."""
+    config = plan.config
+    splits = read_splits(plan.inputs)
+    table = tokenise_here(splits, config.base_model)
+    report = describe_run(config, splits, table, plan.output, colour=wants_colour(sys.stdout))
+    print(report.render(), flush=True)
+    raise_faults(splits, find_token_faults(splits, table, config.max_length, config.drop_overlong))
+    check_disk(report, plan.output)
+    check_folder(plan)
+    print(f"preflight: nothing stands in the way of {plan.output}", flush=True)
+
+
 def show_loss(loss: float | None) -> str:
     """A loss for the console; None stands for one that was never finite."""
     return "not finite" if loss is None else f"{loss:.4f}"
@@ -148,6 +155,7 @@ def show_loss(loss: float | None) -> str:
 
 def fit(plan: FitPlan, callbacks: Sequence = ()) -> dict:
     """Train by Ray Train; returns the result, which is in the manifest too. `callbacks` are Ray Train's (a sweep passes its reporter)."""
+    import pyarrow.parquet as pq
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -156,12 +164,19 @@ def fit(plan: FitPlan, callbacks: Sequence = ()) -> dict:
     check_folder(plan)
     use_gpu = ray.cluster_resources().get("GPU", 0) > 0 if config.use_gpu is None else config.use_gpu
     check_room(config, use_gpu)
-    tokenised, num_dropped = tokenise(plan)  # before the manifest: what it refuses can be mended by another config
+    splits = read_splits(plan.inputs)
+    tokenised, num_dropped = tokenise(plan, splits)  # before the manifest: what it refuses can be mended by another config
+    report = describe_run(config, splits, pq.read_table(tokenised), plan.output)
+    check_disk(report, plan.output)
     record = start_run(plan.output / "manifest.json", "sft", plan.identity, config, plan.inputs, has_work=has_work(plan.output))
+    write_atomic(plan.output / "preflight.txt", report.render() + "\n")
+    for line in report.render(_SHOWN).splitlines():
+        print(f"sft {plan.output.name}: {line}", flush=True)
+    run_id = content_hash([str(plan.output), record.manifest["attempts"][0]["started"]])
     state = plan.output / "ray_train"
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": as_dict(config), "output": str(plan.output), "tokenised": str(tokenised), "use_gpu": use_gpu},
+        train_loop_config={"config": as_dict(config), "output": str(plan.output), "tokenised": str(tokenised), "use_gpu": use_gpu, "run_id": run_id},
         scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=use_gpu, resources_per_worker=worker_resources(config, use_gpu)),
         # A name of its own for each attempt: Ray would otherwise take up its own record of the last one, and one bad byte in that ends the run.
         run_config=RunConfig(
@@ -188,7 +203,7 @@ def worker_resources(config: TrainConfig, use_gpu: bool) -> dict[str, float]:
     return {"CPU": config.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
 
 
-def tokenise(plan: FitPlan) -> tuple[Path, int]:
+def tokenise(plan: FitPlan, splits: Splits) -> tuple[Path, int]:
     """Tokenise both files by Ray Data into a folder of Parquet; returns it and how many overlong rows were left out.
 
     The folder is kept for runs of the same rows, tokenizer and code. Raises DataError that names the rows that cannot be encoded, or are longer than
@@ -199,16 +214,12 @@ def tokenise(plan: FitPlan) -> tuple[Path, int]:
     import transformers
 
     config = plan.config
-    code = Path(tokenization.__file__).read_text(encoding="utf-8")
+    code = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (tokenization, preflight))
     tokenizer = [fingerprint_tokenizer(config.base_model), code, transformers.__version__]
     parts = [plan.identity["train_sha256"], plan.identity["dev_sha256"], plan.identity["base"], *tokenizer]
     folder = plan.output.parent / ".tokenised" / content_hash(parts)
     if not folder.exists():
-        items = [
-            {"split": split, "line": line, "prompt": row["prompt"], "completion": row["completion"]}
-            for split, path in zip(("train", "dev"), plan.inputs, strict=True)
-            for line, row in enumerate(read_jsonl(path, SFTExample), start=1)
-        ]
+        items = list_items(splits)
         quiet_ray_data()
         blocks = max(1, min(64, len(items) // 1000))
         aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}")  # write_parquet adds to a folder that is there
@@ -219,16 +230,10 @@ def tokenise(plan: FitPlan) -> tuple[Path, int]:
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     table = pq.read_table(folder, columns=["split", "line", "num_tokens", "problem"])
-    paths = dict(zip(("train", "dev"), plan.inputs, strict=True))
-    rows = sorted(table.to_pylist(), key=lambda row: (row["split"], row["line"]))
-    faults = [f"{paths[row['split']]}:{row['line']}: {row['problem']}" for row in rows if row["problem"]]
-    overlong = [row for row in rows if row["num_tokens"] > config.max_length]
-    if overlong and not config.drop_overlong:
-        faults += [f"{paths[row['split']]}:{row['line']}: {row['num_tokens']} tokens, over max_length {config.max_length}" for row in overlong]
-    if faults:
-        raise DataError(summarise_faults(faults, "mend the rows, raise max_length, or leave long rows out with --drop-overlong"))
-    for row in overlong:
-        print(f"sft: {paths[row['split']]}:{row['line']}: {row['num_tokens']} tokens, over max_length {config.max_length}: left out", flush=True)
+    raise_faults(splits, find_token_faults(splits, table, config.max_length, config.drop_overlong))
+    overlong = describe_overlong(splits, table, config.max_length)
+    for text in overlong:
+        print(f"sft: {text}: left out", flush=True)
     return folder, len(overlong)
 
 
@@ -244,22 +249,3 @@ def move_tokenised(aside: Path, folder: Path, num_rows: int) -> None:
     except OSError as error:
         if not folder.is_dir():
             raise StorageError(f"{folder}: cannot be written ({error.strerror}).") from error
-
-
-def tokenise_batch(table, tokenizer_path: str):
-    """Columns prompt and completion of a pyarrow table become input_ids, labels, num_tokens and problem ('' when the row is good)."""
-    import pyarrow as pa
-
-    tokenizer = load_tokenizer(tokenizer_path)
-    columns: dict[str, list] = {"input_ids": [], "labels": [], "num_tokens": [], "problem": []}
-    for prompt, completion in zip(table["prompt"].to_pylist(), table["completion"].to_pylist(), strict=True):
-        try:
-            example = encode_example(tokenizer, prompt, completion)
-            values = (example.input_ids, example.labels, len(example.input_ids), "")
-        except DataError as error:
-            values = ([], [], 0, str(error))
-        for name, value in zip(columns, values, strict=True):
-            columns[name].append(value)
-    ids = pa.list_(pa.int32())
-    arrays = [pa.array(columns["input_ids"], ids), pa.array(columns["labels"], ids), pa.array(columns["num_tokens"]), pa.array(columns["problem"])]
-    return pa.table([table["split"], table["line"], *arrays], names=["split", "line", *columns])

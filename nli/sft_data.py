@@ -90,6 +90,8 @@ def select_rows(answers: Iterable[Mapping], reflections: Mapping[str, Mapping], 
                     thought, label, source = reflection["improved_thought_process"], reflection["true_label"], "reflection"
             else:
                 reason = "wrong_answer"
+        if reason is None and source == "teacher" and answer.get("telling_phrase"):
+            reason = "thought_betrays_the_label"
         if reason is None and not thought.strip():
             reason = "empty_thought"
         counts[f"left_out_{reason}" if reason else f"from_{source}"] += 1
@@ -108,6 +110,8 @@ def why_not_usable(reflection: Mapping | None, answer: Mapping) -> str | None:
         return "unreadable_reflection"
     if reflection["reflected_label"] != answer["true_label"]:
         return "reflection_disagrees_with_true_label"
+    if reflection.get("telling_phrase"):
+        return "reflection_betrays_the_label"
     return None
 
 

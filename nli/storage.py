@@ -109,23 +109,36 @@ def write_csv(path: Path, rows: Sequence[Mapping], columns: Sequence[str]) -> No
 
 def read_jsonl(path: Path, record: type[BaseModel]) -> list[dict]:
     """Read and check a JSON Lines file. Raises DataError that names all faulty lines (the first ten), or an empty file."""
-    rows, faults = [], []
+    return list(iterate_jsonl(path, record))
+
+
+def iterate_jsonl(path: Path, record: type[BaseModel]) -> Iterator[dict]:
+    """The same, row by row, for files that should not be held in memory. A faulty file raises at its end, or instead of its next row."""
+    faults: list[str] = []
+    for _, row in scan_jsonl(path, record, faults):
+        if not faults:
+            yield row
+    if faults:
+        raise DataError(summarise_faults(faults, f"each line must be a JSON object with the fields of {record.__name__}"))
+
+
+def scan_jsonl(path: Path, record: type[BaseModel], faults: list[str]) -> Iterator[tuple[int, dict]]:
+    """Line numbers and good rows of a JSON Lines file; what is wrong with the others is added to `faults`. Raises DataError for an empty file."""
+    num_rows = 0
     for number, line in _lines(path):
+        num_rows += 1
         try:
             row = json.loads(line)
             record.model_validate(row)
-            rows.append(row)
+            yield number, row
         except json.JSONDecodeError as error:
             faults.append(f"{path}:{number}: not JSON ({error.msg} at character {error.pos + 1})")
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"]) or "the line"
             faults.append(f"{path}:{number}: {name}: {first['msg'][0].lower()}{first['msg'][1:]}")
-    if faults:
-        raise DataError(summarise_faults(faults, f"each line must be a JSON object with the fields of {record.__name__}"))
-    if not rows:
+    if not num_rows:
         raise DataError(f"{path}: the file is empty; the stage before it has made nothing.")
-    return rows
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

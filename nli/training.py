@@ -8,6 +8,7 @@ import gc
 import json
 import logging
 import math
+import netrc
 import os
 import time
 from collections.abc import Mapping
@@ -16,15 +17,16 @@ from typing import TYPE_CHECKING
 
 from nli.attention import name_packed_kernel, register_packed_attention
 from nli.batches import GlobalBatches
-from nli.checkpoints import check_best, find_best, find_newest_complete, mark_complete, read_trainer_state, write_card
+from nli.checkpoints import read_trainer_state, write_card
 from nli.kernels import speed_up
 from nli.memory import GIB, Choice, Shape, Workload, choose
 from nli.model import add_lora, keep_weights_in_evaluations, load_adapter_weights, load_base, quiet_libraries
 from nli.recipe import TrainConfig
-from nli.records import content_hash
+from nli.saving import SealedCheckpoints, find_start, read_best, save_adapter
 from nli.storage import dump_line, write_atomic
 from nli.tokenization import load_tokenizer
 from nli.trainer import build_trainer_class
+from nli.watching import WatchedEvaluations, read_watch
 
 if TYPE_CHECKING:
     import datasets
@@ -41,6 +43,8 @@ ZERO2 = {
     "gradient_accumulation_steps": 1,
 }
 
+_SHOWN = ("loss", "eval_loss", "eval_accuracy", "eval_unparsed_rate", "eval_eos_rate", "grad_norm", "learning_rate", "tokens_per_second")  # on the console
+
 
 def train_worker(job: dict) -> None:
     """What one Ray Train worker does: load the base, put adapters on it, train from the newest good checkpoint, save the best adapter."""
@@ -54,37 +58,37 @@ def train_worker(job: dict) -> None:
     config, output = TrainConfig(**job["config"]), Path(job["output"])
     context = ray.train.get_context()
     device = f"cuda:{torch.cuda.current_device()}" if job["use_gpu"] else "cpu"
-    checkpoint, best = find_start(output) if context.get_world_rank() == 0 else (None, None)
-    checkpoint, best = _broadcast((checkpoint, best))
+    checkpoint = _broadcast(find_start(output) if context.get_world_rank() == 0 else None)
 
-    trainer = build_trainer(config, output, job["tokenised"], device, best)
+    os.environ["WANDB_RUN_ID"] = job["run_id"]  # the same after a restart, so that W&B draws one curve
+    trainer = build_trainer(config, output, job["tokenised"], device)
+    if config.watch_rows:
+        trainer.watch = read_watch(job["tokenised"], trainer.processing_class, config.watch_rows, config.max_length, config.seed)
+    if context.get_world_rank() == 0:
+        trainer.best_adapter = read_best(checkpoint)
     started = time.monotonic()
     if checkpoint is not None and is_at_end(read_trainer_state(checkpoint)):
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        load_adapter_weights(trainer.model, str(best or checkpoint))
+        load_adapter_weights(trainer.model, str(checkpoint))
     else:
         gc.collect()
         gc.freeze()  # the collector would go through every module and weight while the GPU waits for its next kernel
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        best = Path(trainer.state.best_model_checkpoint) if trainer.state.best_model_checkpoint else None
     state = trainer.state
-    losses = [entry["eval_loss"] for entry in state.log_history if math.isfinite(entry.get("eval_loss", math.nan))]
     if context.get_world_rank() == 0:
-        if best is not None:
-            check_best(best)
-            load_adapter_weights(trainer.model, str(best))
-        trainer.save_model(str(output))
-        trainer.processing_class.save_pretrained(str(output))
+        save_adapter(trainer, trainer.processing_class, output, trainer.best_adapter)
         write_card(output, config.base_model, config.quantization, config.compute_dtype, config.max_length)
-        result = {"steps": state.global_step, "epochs": round(state.epoch, 3), "eval_loss": min(losses, default=None)}
-        result |= {"train_seconds": round(time.monotonic() - started, 1), "best_checkpoint": best.name if best else None}
+        best = next((entry for entry in state.log_history if entry["step"] == state.best_global_step and "eval_loss" in entry), {})
+        result = {"steps": state.global_step, "epochs": round(state.epoch, 3), "eval_loss": best.get("eval_loss")}
+        result |= {"accuracy": best["eval_accuracy"]} if "eval_accuracy" in best else {}
+        result |= {"train_seconds": round(time.monotonic() - started, 1), "best_checkpoint": f"checkpoint-{best['step']}" if best else None}
         result |= {"resumed_from": str(checkpoint or "")}
         write_atomic(output / "result.json", json.dumps(result) + "\n")
     torch.distributed.barrier()
 
 
-def build_trainer(config: TrainConfig, output: Path, tokenised: str, device: str, best: Path | None = None) -> "SFTTrainer":
-    """Everything that a worker trains with. `best` is the best checkpoint of the run that is resumed."""
+def build_trainer(config: TrainConfig, output: Path, tokenised: str, device: str) -> "SFTTrainer":
+    """Everything that a worker trains with."""
     import torch
     from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
 
@@ -109,7 +113,11 @@ def build_trainer(config: TrainConfig, output: Path, tokenised: str, device: str
         shown = f"micro-batches of up to {choice.micro_batch_tokens} tokens, {choice.recomputed_layers} layers recomputed, {needed}"
         print(f"sft {output.name}: {shown}; fused: {', '.join(fused) or 'nothing'}; attention: {name_packed_kernel(device)}", flush=True)
     early_stopping = [EarlyStoppingCallback(config.early_stopping_patience)] if config.early_stopping_patience else []
-    trainer = build_trainer_class()(
+
+    class Trainer(SealedCheckpoints, WatchedEvaluations, build_trainer_class()):
+        keep_checkpoints = config.keep_checkpoints
+
+    trainer = Trainer(
         model=model,
         batches=train_batches,
         eval_batches=dev_batches,
@@ -117,7 +125,7 @@ def build_trainer(config: TrainConfig, output: Path, tokenised: str, device: str
         train_dataset=train,
         eval_dataset=dev,
         processing_class=tokenizer,
-        callbacks=[build_reporter(output, best), *early_stopping],
+        callbacks=[build_reporter(output), *early_stopping],
     )
     trainer.remove_callback(PrinterCallback)  # the reporter prints
     for parameter in trainer.model.parameters():
@@ -165,21 +173,6 @@ def recompute_layers(model, count: int) -> None:
         layer.gradient_checkpointing = False
 
 
-def find_start(output: Path) -> tuple[Path | None, Path | None]:
-    """The checkpoint to go on from and the best one of those before it. Log lines of steps that will be made again go.
-
-    Raises ModelError if the best one is missing or damaged.
-    """
-    checkpoint = find_newest_complete(output)
-    best = find_best(output, checkpoint) if checkpoint else None
-    log = output / "log.jsonl"
-    if log.exists():
-        last = read_trainer_state(checkpoint)["global_step"] if checkpoint else -1
-        lines = [line for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]  # a kill may cut the last one
-        write_atomic(log, "".join(line for line in lines if json.loads(line)["step"] <= last))
-    return checkpoint, best
-
-
 def is_at_end(state: Mapping) -> bool:
     """Whether training had ended when a checkpoint's trainer_state.json was written: by its last step or by early stopping."""
     control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
@@ -194,8 +187,8 @@ def build_arguments(config: TrainConfig, output: Path, use_gpu: bool, world_size
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "tensorboard")
     if config.wandb:
         reports.append("wandb")
-        os.environ |= {"WANDB_PROJECT": config.wandb_project, "WANDB_DIR": str(output), "WANDB_RUN_ID": content_hash([str(output)]), "WANDB_RESUME": "allow"}
-        if not os.environ.get("WANDB_API_KEY"):
+        os.environ |= {"WANDB_PROJECT": config.wandb_project, "WANDB_DIR": str(output), "WANDB_RESUME": "allow"}
+        if not has_wandb_key():
             os.environ.setdefault("WANDB_MODE", "offline")
     when = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": config.eval_steps, "save_steps": config.eval_steps}
     if not config.eval_steps:
@@ -218,10 +211,9 @@ def build_arguments(config: TrainConfig, output: Path, use_gpu: bool, world_size
         gradient_checkpointing=False,  # `recompute_layers` has chosen
         deepspeed=ZERO2 if config.parallel == "zero2" else None,
         **when,
-        save_total_limit=config.keep_checkpoints,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
+        metric_for_best_model="eval_loss" if config.best_by == "eval_loss" else "eval_accuracy",
+        greater_is_better=config.best_by == "accuracy",
         restore_callback_states_from_checkpoint=True,
         logging_steps=config.log_steps,
         report_to=reports,
@@ -235,6 +227,14 @@ def build_arguments(config: TrainConfig, output: Path, use_gpu: bool, world_size
     )
 
 
+def has_wandb_key() -> bool:
+    """Whether this machine may log to W&B online: a key in the environment, or from `wandb login`."""
+    try:
+        return bool(os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators("api.wandb.ai"))
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
 def read_split(folder: str, split: str, max_length: int) -> "datasets.Dataset":
     """Tokenised rows of one split in the file's order, those over max_length left out."""
     import datasets
@@ -245,18 +245,19 @@ def read_split(folder: str, split: str, max_length: int) -> "datasets.Dataset":
     return datasets.Dataset(table.sort_by("line").select(["input_ids", "labels"]).combine_chunks())
 
 
-def build_reporter(output: Path, best: Path | None) -> "TrainerCallback":
-    """A callback that logs to log.jsonl and the console, seals checkpoints and reports evaluations to Ray.
-
-    `best` is the best checkpoint of the run that is resumed, where it lies now: the one that the trainer's state names may have lain elsewhere.
-    """
+def build_reporter(output: Path) -> "TrainerCallback":
+    """A callback that logs to log.jsonl and the console, and reports evaluations to Ray once their checkpoint is in its place."""
     import ray.train
-    import torch
     from transformers import TrainerCallback
 
     class Reporter(TrainerCallback):
+        evaluation: dict | None = None
+
         def on_train_begin(self, args, state, control, **kwargs):
-            state.best_model_checkpoint = str(best) if best else None
+            if state.global_step and state.is_world_process_zero:
+                with open(output / "log.jsonl", "a", encoding="utf-8") as file:
+                    file.write(dump_line({"step": state.global_step, "resumed_from": f"checkpoint-{state.global_step}"}))
+                print(f"sft {output.name}: goes on from checkpoint-{state.global_step}", flush=True)
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if not state.is_world_process_zero or logs is None:
@@ -264,20 +265,21 @@ def build_reporter(output: Path, best: Path | None) -> "TrainerCallback":
             with open(output / "log.jsonl", "a", encoding="utf-8") as file:
                 finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in logs.items()}
                 file.write(dump_line({"step": state.global_step, **finite}))
-            shown = {name: logs[name] for name in ("loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_second") if name in logs}
+            shown = {name: logs[name] for name in _SHOWN if name in logs}
             if shown:
                 values = ", ".join(f"{name} {float(value):.4g}" for name, value in shown.items())
                 print(f"sft {output.name}: step {state.global_step}/{state.max_steps}, {values}", flush=True)
 
-        def on_save(self, args, state, control, **kwargs):
-            torch.distributed.barrier()  # every rank has written its part
-            if state.is_world_process_zero:
-                mark_complete(output / f"checkpoint-{state.global_step}")
-
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-            ray.train.report({"step": state.global_step, "epoch": state.epoch, "eval_loss": metrics["eval_loss"]})
+            self.evaluation = {"step": state.global_step, "epoch": state.epoch, "eval_loss": metrics["eval_loss"]}
+            self.evaluation |= {"eval_accuracy": metrics["eval_accuracy"]} if "eval_accuracy" in metrics else {}
             if not math.isfinite(metrics["eval_loss"]):
                 metrics["eval_loss"] = math.inf  # a NaN would stay the best loss for ever: no number is below it
+
+        def on_save(self, args, state, control, **kwargs):
+            if self.evaluation is not None:
+                ray.train.report(self.evaluation)
+                self.evaluation = None
 
     return Reporter()
 

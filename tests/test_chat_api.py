@@ -12,10 +12,12 @@ from email.utils import formatdate
 import pytest
 from chat_server import KEY, Answer, with_server
 
-from nli.chat_api import CallFailed, ChatClient, Reply, Unreachable, chat_url, read_api_key
+from nli.chat_api import CallFailed, ChatClient, Reply, Unreachable, chat_url, check_reachable, read_api_key, read_reply
 from nli.errors import TeacherError
+from nli.ledger import encode_body
 
 BODY = {"model": "toy", "messages": [{"role": "user", "content": "Hello – 犬 🐕\u2028"}], "max_tokens": 8}
+DATA = encode_body(BODY)
 
 
 def complete(*answers, timeout_seconds=5.0):
@@ -23,7 +25,7 @@ def complete(*answers, timeout_seconds=5.0):
 
     async def use(server):
         async with ChatClient(server.base_url, KEY, timeout_seconds) as client:
-            return await client.complete(BODY), server
+            return read_reply(await client.complete(DATA)), server
 
     return with_server(answers, use)
 
@@ -151,14 +153,14 @@ def test_a_slow_server_is_a_failed_call():
 
 def test_a_connection_that_breaks_is_a_failed_call():
     error = failure_of(Answer(hang_up=True))
-    assert (type(error), error.retryable) == (CallFailed, True)
+    assert (type(error), error.retryable, error.is_ambiguous, error.kind) == (CallFailed, True, True, "reset")
     assert str(error).startswith("the connection broke (")
 
 
 def unreachable(base_url):
     async def run():
         async with ChatClient(base_url, KEY, timeout_seconds=5) as client:
-            await client.complete(BODY)
+            await client.complete(DATA)
 
     with pytest.raises(Unreachable) as caught:
         asyncio.run(run())
@@ -172,7 +174,25 @@ def test_a_server_that_is_not_there_is_unreachable():
         port = reserved.getsockname()[1]
         error = unreachable(f"http://127.0.0.1:{port}")
     assert str(error).startswith(f"no connection to http://127.0.0.1:{port}/v1/chat/completions (")
-    assert error.retryable
+    assert error.retryable and not error.is_ambiguous
+
+
+def test_a_server_is_looked_for_without_a_call():
+    async def use(server):
+        await asyncio.to_thread(check_reachable, server.base_url)
+        return server.calls
+
+    assert with_server([Answer()], use) == []
+    with pytest.raises(Unreachable, match=r"no connection to http://127.0.0.1:9 \("):
+        check_reachable("http://127.0.0.1:9")
+
+
+def test_a_key_that_the_server_sends_back_is_not_in_what_is_kept():
+    async def use(server):
+        async with ChatClient(server.base_url, KEY, 5) as client:
+            return await client.complete(DATA)
+
+    assert KEY.encode() not in with_server([Answer(text=f"your key is {KEY}")], use)
 
 
 def test_a_name_that_no_server_has_is_unreachable():
@@ -183,9 +203,9 @@ def test_a_client_can_be_closed_and_used_again():
     async def use(server):
         client = ChatClient(server.base_url, KEY, 5)
         await client.close()
-        first = await client.complete(BODY)
+        first = await client.complete(DATA)
         await client.close()
-        second = await client.complete(BODY)
+        second = await client.complete(DATA)
         await client.close()
         return first == second
 

@@ -15,10 +15,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 BANDS = {
-    "words": {"errors", "prompts", "parsing", "records"},
-    "workbench": {"config", "recipe", "storage", "examples", "runs", "cluster", "metrics", "chat_api", "ledger", "limiter", "teacher", "report"},
-    "model": {"tokenization", "model", "checkpoints", "engines", "preflight", "memory", "attention", "batches", "kernels", "trainer", "training"},
-    "stages": {"thoughts", "reflections", "sft_data", "sft", "sweep", "inference", "evaluation", "pipeline"},
+    "words": {"errors", "prompts", "parsing", "records", "leaks"},
+    "workbench": {
+        *("config", "recipe", "storage", "examples", "runs", "cluster", "metrics", "figures", "report", "row_checks", "check_report"),
+        *("chat_api", "ledger", "limiter", "services", "worklist", "prices", "token_counts"),
+        *("teacher", "progress", "estimates", "generation", "batch_api"),
+    },
+    "model": {
+        *("tokenization", "model", "checkpoints", "engines", "saving", "preflight", "preflight_report", "watching"),
+        *("memory", "attention", "batches", "kernels", "trainer", "training"),
+    },
+    "stages": {"thoughts", "reflections", "sft_data", "sft", "sweep", "export", "inference", "evaluation", "data_checks", "pipeline"},
 }
 ORDER = list(BANDS)
 HEAVY = {"ray", "torch", "transformers", "vllm", "trl", "peft", "datasets", "bitsandbytes", "accelerate", "deepspeed"}

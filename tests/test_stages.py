@@ -33,10 +33,15 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def think(teacher_url: str, folder: Path, **values) -> GenerateThoughtsConfig:
-    settings = {"base_url": teacher_url, "model": "sample-teacher", "workers": 2, "max_rows": 60}
+    settings = {"base_url": teacher_url, "model": "sample-teacher", "workers": 2, "max_rows": 60, "ledger_dir": str(folder / "ledger")}
     if "thoughts" not in values:
         settings["input_csv"] = str(REPOSITORY / "data/sample/train.csv")
     return GenerateThoughtsConfig(**(settings | {"output_jsonl": str(folder / "thoughts.jsonl")} | values))
+
+
+def reflect(teacher_url: str, folder: Path, **values) -> GenerateReflectionsConfig:
+    settings = {"base_url": teacher_url, "model": "strong", "workers": 1, "ledger_dir": str(folder / "ledger"), "output_jsonl": str(folder / "r.jsonl")}
+    return GenerateReflectionsConfig(**(settings | values))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +52,7 @@ def sft_files(ray_cluster, teacher_url, tmp_path_factory) -> dict[str, str]:
     for split in ("train", "dev"):
         answers = thoughts.run(think(teacher_url, folder, input_csv=str(REPOSITORY / f"data/sample/{split}.csv"), output_jsonl=str(folder / f"{split}.jsonl")))
         reflected = reflections.run(
-            GenerateReflectionsConfig(base_url=teacher_url, model="strong", workers=1, thoughts=str(answers), output_jsonl=str(folder / f"r_{split}.jsonl"))
+            reflect(teacher_url, folder, thoughts=str(answers), output_jsonl=str(folder / f"r_{split}.jsonl"))
         )
         for ablation in ("correct_only", "reflected"):
             source = {"reflections": str(reflected)} if ablation == "reflected" else {}
@@ -94,24 +99,41 @@ def test_thoughts_have_a_row_for_every_pair_in_order_and_a_second_run_asks_nothi
     assert "60 finished already, 0 to ask" in capsys.readouterr().out
 
 
-def test_an_inserted_row_is_the_only_one_asked_and_takes_nobodys_answer(teacher_url, tmp_path, capsys):
+def test_only_a_new_pair_is_asked_about_whatever_becomes_of_ids_outputs_and_order(teacher_url, tmp_path, capsys):
     source = tmp_path / "pairs.csv"
     source.write_text("premise,hypothesis,label\nTwo dogs ran.,Animals moved.,1\nA man slept.,A man ran.,0\n")
     before = read_rows(thoughts.run(think(teacher_url, tmp_path, input_csv=str(source))))
     source.write_text("premise,hypothesis,label\nNobody slept.,A man slept.,0\nTwo dogs ran.,Animals moved.,1\nA man slept.,A man ran.,0\n")
     capsys.readouterr()
     after = read_rows(thoughts.run(think(teacher_url, tmp_path, input_csv=str(source))))
+    assert "2 finished already, 1 to ask" in capsys.readouterr().out
     assert [row["premise"] for row in after] == ["Nobody slept.", "Two dogs ran.", "A man slept."]
-    # Without an id column the ids moved, so the two old rows have new keys; with one, they keep theirs.
-    source.write_text("id,premise,hypothesis,label\na,Two dogs ran.,Animals moved.,1\nb,A man slept.,A man ran.,0\n")
+    assert [row["raw_text"] for row in after[1:]] == [row["raw_text"] for row in before]
+    source.write_text("id,premise,hypothesis,label\nb,A man slept.,A man ran.,0\na,Two dogs ran.,Animals moved.,1\nc,A man slept.,A man ran.,1\n")
     other = think(teacher_url, tmp_path, input_csv=str(source), output_jsonl=str(tmp_path / "with_ids.jsonl"))
     with_ids = read_rows(thoughts.run(other))
-    source.write_text("id,premise,hypothesis,label\nnew,Nobody slept.,A man slept.,0\na,Two dogs ran.,Animals moved.,1\nb,A man slept.,A man ran.,0\n")
-    capsys.readouterr()
-    grown = read_rows(thoughts.run(other))
-    assert "2 finished already, 1 to ask" in capsys.readouterr().out
-    assert grown[1:] == with_ids
-    assert [row["raw_text"] for row in with_ids] == [row["raw_text"] for row in before]
+    assert "3 rows (2 different requests), 2 finished already, 0 to ask" in capsys.readouterr().out
+    assert [(row["id"], row["raw_text"]) for row in with_ids] == [(name, before[index]["raw_text"]) for name, index in (("b", 1), ("a", 0), ("c", 1))]
+
+
+def test_a_dry_run_counts_and_sends_and_writes_nothing(teacher_url, tmp_path, capsys):
+    thoughts.run(think(teacher_url, tmp_path, base_url="http://127.0.0.1:9", dry_run=True, model="ministral-8b-2512", requests_per_minute=60.0))
+    shown = capsys.readouterr().out
+    assert "dry run: 60 rows, 60 different requests, 0 answered already; nothing was sent" in shown
+    assert "60 s at the limits" in shown.replace("60.5", "60") and "$" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reflections_that_miss_the_true_label_or_betray_it_are_dead_letters_and_no_training_rows(teacher_url, tmp_path):
+    answers = thoughts.run(think(teacher_url, tmp_path, max_rows=1000))
+    output = reflections.run(reflect(teacher_url, tmp_path, thoughts=str(answers)))
+    dead = read_rows(tmp_path / "r.dead_letters.jsonl")
+    assert dead and {row["reason"] for row in dead} <= {"label_disagrees", "betrays_label", "no_json", "bad_json", "truncated", "missing_field"}
+    assert all(row["reflected_label"] != row["true_label"] for row in dead if row["reason"] == "label_disagrees")
+    made = sft_data.run(
+        PrepareSFTDataConfig(thoughts=str(answers), reflections=str(output), ablation="reflected", output_jsonl=str(tmp_path / "train.jsonl"))
+    )
+    assert not {row["id"] for row in dead} & {row["id"] for row in read_rows(made)}
 
 
 def test_a_new_label_asks_nothing_and_reaches_the_output(teacher_url, tmp_path, capsys):
@@ -159,7 +181,7 @@ def test_a_refused_key_and_an_unreachable_server_stop_with_one_message(teacher_u
 
 def test_reflections_are_of_wrong_answers_only_and_keep_the_wrong_label(teacher_url, tmp_path):
     answers = thoughts.run(think(teacher_url, tmp_path))
-    config = GenerateReflectionsConfig(base_url=teacher_url, model="strong", workers=1, thoughts=str(answers), output_jsonl=str(tmp_path / "r.jsonl"))
+    config = reflect(teacher_url, tmp_path, thoughts=str(answers))
     by_id = {row["id"]: row for row in read_rows(answers)}
     reflected = read_rows(reflections.run(config))
     wrong = [row["id"] for row in by_id.values() if row["parse_status"] == "ok" and row["predicted_label"] != row["true_label"]]

@@ -1,4 +1,4 @@
-"""Asking the teacher: retries, one repair, and an outcome for every row, whatever the server does.
+"""Asking the teacher: retries, one repair, and an outcome for every row in the ledger, whatever the server does.
 
 python -m pytest tests/test_teacher.py
 """
@@ -11,14 +11,20 @@ import pytest
 from chat_server import KEY, Answer, with_server
 
 from nli import errors
-from nli.cluster import StoppedEarly
+from nli.chat_api import chat_url
 from nli.errors import ConfigError, NLIError, TeacherError
+from nli.ledger import Ledger, LedgerReader
+from nli.parsing import Parsed, ParseStatus
 from nli.prompts import TEACHER_PROMPTS
-from nli.teacher import Teacher, TeacherConfig, check_teacher, describe_requests
+from nli.services import GroupCommit, LedgerClient, LimiterClient
+from nli.teacher import Teacher, TeacherConfig, check_teacher, describe_requests, first_key, read_outcomes
 
 PROMPT = TEACHER_PROMPTS["initial_generation"]
 ROW = {"id": "0", "premise": "Two dogs ran.", "hypothesis": "Animals moved.", "true_label": 1}
 GOOD = '{"thought_process": "Dogs are animals.", "predicted_label": 1}'
+
+
+RUN = "thoughts.jsonl"
 
 
 @pytest.fixture
@@ -38,34 +44,72 @@ def waits(monkeypatch):
     return waited
 
 
-def ask(*answers, rows=(ROW,), base_url=None, prompt=PROMPT, **settings):
-    """The outcomes for the rows, and the server that was asked."""
-
-    async def use(server):
-        config = TeacherConfig(base_url=base_url or server.base_url, **settings)
-        teacher = Teacher(config, prompt, KEY)
-        try:
-            return await teacher.ask_all(list(rows), lambda _row, outcome: outcome), server
-        finally:
-            await teacher._client.close()
-
-    return with_server(answers, use)
+def many(number):
+    """Rows that make as many different requests."""
+    return [ROW | {"id": str(index), "premise": f"Premise {index}."} for index in range(number)]
 
 
-def ask_one(*answers, **settings):
-    outcomes, server = ask(*answers, **settings)
-    assert KEY not in repr(outcomes)
-    return outcomes[0], server
+@pytest.fixture
+def folder(tmp_path):
+    """Where this test's ledger lies."""
+    return tmp_path / "ledger"
 
 
-def test_a_good_reply_is_one_call_and_an_ok_outcome(waits):
+@pytest.fixture
+def ask(folder):
+    """A function that asks about rows with a ledger of its own; returns (outcomes, server), or raises what ended the run, with `server` at it."""
+
+    def ask(*answers, rows=(ROW,), base_url=None, prompt=PROMPT, owner="worker", **settings):
+        async def use(server):
+            config = TeacherConfig(base_url=base_url or "http://teacher.test", **settings)
+            ledger = Ledger(folder)
+            ledger.begin_run(RUN, int(config.max_cost * 10**9) if config.max_cost else None)
+            teacher = Teacher(config, prompt, KEY, RUN, LedgerClient(GroupCommit(ledger).post, owner), LimiterClient(None, owner, config.limits()))
+            if base_url is None:
+                teacher._client._url = chat_url(server.base_url)  # each call of `ask` has a port of its own, and the same requests
+            failure = None
+            try:
+                await teacher.ask_all(list(rows))
+            except NLIError as error:
+                failure = error
+            finally:
+                await teacher.close()
+                ledger.close()
+            reader = LedgerReader(folder)
+            keys = [first_key(config, prompt, row) for row in rows]
+            found = read_outcomes(prompt, reader, keys, config.repair_invalid)
+            server.outcomes, server.totals, server.states = [found[key][0] for key in keys], reader.read_totals(RUN), reader.count_states(RUN)
+            reader.close()
+            if failure is not None:
+                failure.server = server
+                raise failure
+            return server.outcomes, server
+
+        return with_server(answers, use)
+
+    return ask
+
+
+@pytest.fixture
+def ask_one(ask):
+    """`ask` about one row."""
+
+    def ask_one(*answers, **settings):
+        outcomes, server = ask(*answers, **settings)
+        assert KEY not in repr(outcomes)
+        return outcomes[0], server
+
+    return ask_one
+
+
+def test_a_good_reply_is_one_call_and_an_ok_outcome(ask_one, waits):
     outcome, server = ask_one(Answer(text=GOOD))
     assert (outcome.status, outcome.fields, outcome.problem) == ("ok", {"thought_process": "Dogs are animals.", "predicted_label": 1}, "")
     assert (outcome.raw_text, outcome.finish_reason, outcome.num_prompt_tokens, outcome.num_completion_tokens, outcome.num_replies) == (GOOD, "stop", 10, 5, 1)
     assert (len(server.calls), waits) == (1, [])
 
 
-def test_the_request_says_all_that_decides_the_answer(waits):
+def test_the_request_says_all_that_decides_the_answer(ask_one, waits):
     _, server = ask_one(Answer(text=GOOD), model="toy", temperature=0.5, max_tokens=64, random_seed=7)
     request = server.calls[0]
     assert request["messages"] == [
@@ -79,19 +123,19 @@ def test_the_request_says_all_that_decides_the_answer(waits):
 
 
 @pytest.mark.parametrize(("response_format", "sent"), [("json_object", {"type": "json_object"}), ("text", None)])
-def test_json_can_be_asked_for_without_a_schema(waits, response_format, sent):
+def test_json_can_be_asked_for_without_a_schema(ask_one, waits, response_format, sent):
     _, server = ask_one(Answer(text=GOOD), response_format=response_format)
     assert server.calls[0].get("response_format") == sent
 
 
-def test_a_label_never_reaches_the_teacher_where_the_prompt_does_not_show_it(waits):
+def test_a_label_never_reaches_the_teacher_where_the_prompt_does_not_show_it(ask_one, waits):
     _, server = ask_one(Answer(text=GOOD))
     assert "True label" not in str(server.calls[0]["messages"])
     _, server = ask_one(Answer(text=GOOD), prompt=TEACHER_PROMPTS["regeneration"])
     assert server.calls[0]["messages"][1]["content"].endswith("True label: 1")
 
 
-def test_errors_that_pass_are_tried_again_with_growing_waits(waits):
+def test_errors_that_pass_are_tried_again_with_growing_waits(ask_one, waits):
     outcome, server = ask_one(Answer(status=500), Answer(status=429), Answer(body="not JSON"), Answer(hang_up=True), Answer(text=GOOD))
     assert (outcome.status, outcome.num_replies, len(server.calls)) == ("ok", 1, 5)
     assert server.calls == [server.calls[0]] * 5
@@ -101,47 +145,47 @@ def test_errors_that_pass_are_tried_again_with_growing_waits(waits):
 
 
 @pytest.mark.parametrize(("header", "least"), [("7", 7), ("0", 0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0)])
-def test_a_server_s_own_wait_is_kept(waits, header, least):
+def test_a_server_s_own_wait_is_kept(ask_one, waits, header, least):
     outcome, _ = ask_one(Answer(status=429, headers={"Retry-After": header}), Answer(text=GOOD))
     assert outcome.status == "ok"
     assert least <= waits[0] <= max(least, 0.75)
 
 
-def test_a_call_that_keeps_failing_is_a_row_with_its_reason(waits):
+def test_a_call_that_keeps_failing_is_a_row_with_its_reason(ask_one, waits):
     outcome, server = ask_one(Answer(status=503, body='{"message": "overloaded"}'), max_attempts=3)
     assert (outcome.status, outcome.fields, outcome.problem) == ("request_failed", None, "HTTP 503: overloaded")
     assert (outcome.raw_text, outcome.num_prompt_tokens, outcome.num_completion_tokens, outcome.num_replies) == ("", None, None, 0)
     assert (len(server.calls), len(waits)) == (3, 2)
 
 
-def test_a_call_that_cannot_succeed_is_not_tried_again(waits):
+def test_a_call_that_cannot_succeed_is_not_tried_again(ask_one, waits):
     outcome, server = ask_one(Answer(status=400, body='{"message": "prompt too long"}'))
     assert (outcome.status, outcome.problem, len(server.calls), waits) == ("request_failed", "HTTP 400: prompt too long", 1, [])
 
 
-def test_a_server_that_never_answers_is_a_row_with_its_reason(waits):
+def test_a_server_that_never_answers_is_a_row_with_its_reason(ask_one, waits):
     outcome, server = ask_one(Answer(delay_seconds=5), timeout_seconds=0.1, max_attempts=2)
     assert (outcome.status, outcome.problem, len(server.calls)) == ("request_failed", "no answer within 0.1 s", 2)
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_refused_key_or_an_unknown_model_ends_the_run_at_the_first_call(waits, status):
-    with pytest.raises(StoppedEarly, match=f"HTTP {status}") as caught:
+def test_a_refused_key_or_an_unknown_model_ends_the_run_at_the_first_call(ask, waits, status):
+    with pytest.raises(TeacherError, match=f"HTTP {status}") as caught:
         ask(Answer(status=status, body='{"message": "no"}'))
     assert KEY not in "".join(traceback.format_exception(caught.value))
     assert waits == []
 
 
-def test_an_unreachable_server_ends_the_run_after_the_last_try(waits):
+def test_an_unreachable_server_ends_the_run_after_the_last_try(ask, waits):
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
-        with pytest.raises(StoppedEarly, match=r"no connection to .* in 3 tries\. Check --base-url and the network; finished rows are kept") as caught:
+        with pytest.raises(TeacherError, match=r"no connection to .* in 3 tries\. Check --base-url and the network; replies are kept") as caught:
             ask(Answer(), base_url=f"http://127.0.0.1:{reserved.getsockname()[1]}", max_attempts=3)
     assert KEY not in "".join(traceback.format_exception(caught.value))
     assert len(waits) == 2
 
 
-def test_an_invalid_reply_is_repaired_once_with_the_fault_named(waits):
+def test_an_invalid_reply_is_repaired_once_with_the_fault_named(ask_one, waits):
     bad = '{"thought_process": "Dogs are animals.", "predicted_label": 2}'
     outcome, server = ask_one(Answer(text=bad), Answer(text=GOOD))
     assert (outcome.status, outcome.raw_text, outcome.num_replies) == ("ok", GOOD, 2)
@@ -153,36 +197,36 @@ def test_an_invalid_reply_is_repaired_once_with_the_fault_named(waits):
     ]
 
 
-def test_a_reply_that_is_never_right_is_a_row_with_the_last_text_and_no_label(waits):
+def test_a_reply_that_is_never_right_is_a_row_with_the_last_text_and_no_label(ask_one, waits):
     outcome, server = ask_one(Answer(text="I think so."), Answer(text='{"thought_process": "x"}'))
     assert (outcome.status, outcome.fields, outcome.problem) == ("missing_field", None, "no field predicted_label")
     assert (outcome.raw_text, outcome.num_replies, len(server.calls)) == ('{"thought_process": "x"}', 2, 2)
 
 
-def test_an_empty_reply_is_repaired_too(waits):
+def test_an_empty_reply_is_repaired_too(ask_one, waits):
     outcome, server = ask_one(Answer(text=None), Answer(text=GOOD))
     assert outcome.status == "ok"
     assert server.calls[1]["messages"][2] == {"role": "assistant", "content": "(empty)"}
 
 
-def test_a_repair_that_fails_keeps_the_first_reply_and_both_reasons(waits):
+def test_a_repair_that_fails_keeps_the_first_reply_and_both_reasons(ask_one, waits):
     outcome, _ = ask_one(Answer(text="I think so."), Answer(status=400, body='{"message": "no"}'))
     assert (outcome.status, outcome.raw_text, outcome.num_replies) == ("no_json", "I think so.", 1)
     assert outcome.problem == "no JSON object in the text; the repair failed: HTTP 400: no"
 
 
-def test_without_repair_the_first_reply_counts(waits):
+def test_without_repair_the_first_reply_counts(ask_one, waits):
     outcome, server = ask_one(Answer(text="I think so."), Answer(text=GOOD), repair_invalid=False)
     assert (outcome.status, len(server.calls)) == ("no_json", 1)
 
 
-def test_a_reply_cut_by_the_token_limit_is_truncated(waits):
+def test_a_reply_cut_by_the_token_limit_is_truncated(ask_one, waits):
     outcome, _ = ask_one(Answer(text='{"thought_process": "Dogs', finish_reason="length"), repair_invalid=False)
     assert (outcome.status, outcome.finish_reason) == ("truncated", "length")
 
 
-def test_outcomes_come_in_the_rows_order_and_no_more_calls_are_under_way_than_allowed(waits):
-    rows = [ROW | {"id": str(number), "premise": f"Premise {number}."} for number in range(12)]
+def test_outcomes_come_in_the_rows_order_and_no_more_calls_are_under_way_than_allowed(ask, waits):
+    rows = many(12)
     slow_first = [Answer(text=GOOD, delay_seconds=0.2)] + [Answer(text=GOOD, delay_seconds=0.02)] * 11
     outcomes, server = ask(*slow_first, rows=rows, max_in_flight=3)
     assert [outcome.status for outcome in outcomes] == ["ok"] * 12
@@ -191,22 +235,10 @@ def test_outcomes_come_in_the_rows_order_and_no_more_calls_are_under_way_than_al
     assert asked == {f"Premise: Premise {number}." for number in range(12)}
 
 
-def test_one_bad_row_does_not_disturb_the_others(waits):
-    rows = [ROW | {"id": str(number)} for number in range(3)]
+def test_one_bad_row_does_not_disturb_the_others(ask, waits):
+    rows = many(3)
     outcomes, _ = ask(Answer(text=GOOD), Answer(status=400), Answer(text=GOOD), rows=rows, max_in_flight=1)
     assert [outcome.status for outcome in outcomes] == ["ok", "request_failed", "ok"]
-
-
-def test_the_tokens_that_replies_used_count_against_the_limit(waits):
-    async def use(server):
-        teacher = Teacher(TeacherConfig(base_url=server.base_url, tokens_per_minute=10**6), PROMPT, KEY, share=0.25)
-        await teacher.ask(ROW)
-        await teacher._client.close()
-        return teacher._limiter
-
-    limiter = with_server([Answer(text=GOOD)], use)
-    assert limiter.tokens_per_minute == 250_000
-    assert [grant.tokens for grant in limiter._granted] == [15]
 
 
 def test_an_address_without_http_is_refused_before_anything_starts(monkeypatch):
@@ -236,10 +268,12 @@ def test_settings_out_of_range_are_refused(values):
 def test_an_output_s_identity_holds_what_decides_the_answers_and_no_key():
     identity = describe_requests(TeacherConfig(), PROMPT)
     assert identity == describe_requests(
-        TeacherConfig(workers=9, requests_per_minute=5, timeout_seconds=1, max_attempts=1, max_rows=3, base_url="http://x"), PROMPT
+        TeacherConfig(workers=9, requests_per_minute=5, timeout_seconds=1, max_attempts=1, max_rows=3, max_cost=1, ledger_dir="elsewhere"), PROMPT
     )
     for change in (
         {"model": "x"},
+        {"base_url": "http://x"},
+        {"sample_index": 1},
         {"temperature": 0.1},
         {"max_tokens": 9},
         {"random_seed": 1},
@@ -259,17 +293,87 @@ def test_every_error_of_ours_travels_between_processes():
         assert (type(copy), str(copy)) == (kind, "where: what. How to cure it.")
 
 
-def test_the_rows_that_were_answered_before_a_key_is_refused_are_handed_over():
-    rows = [ROW | {"id": "0"}, ROW | {"id": "1"}]
-    with pytest.raises(StoppedEarly) as caught:
-        ask(Answer(text=GOOD), Answer(status=401), rows=rows, max_in_flight=1)
-    assert len(caught.value.rows) == 1 and caught.value.rows[0].status == "ok"
-    assert isinstance(caught.value.error, TeacherError)
+def test_the_rows_that_were_answered_before_a_key_is_refused_are_in_the_ledger_and_no_more_calls_go_out(ask):
+    with pytest.raises(TeacherError, match="refuses the API key") as caught:
+        ask(Answer(text=GOOD), Answer(status=401), rows=many(5), max_in_flight=1)
+    assert [outcome.status for outcome in caught.value.server.outcomes] == ["ok"] + ["request_failed"] * 4
+    assert len(caught.value.server.calls) == 2
+    outcomes, server = ask(Answer(text=GOOD), rows=many(5))
+    assert ([outcome.status for outcome in outcomes], len(server.calls)) == (["ok"] * 5, 4)
 
 
-def test_a_server_that_refuses_every_request_ends_the_run_and_one_that_answers_does_not():
-    rows = [ROW | {"id": str(index)} for index in range(30)]
-    with pytest.raises(StoppedEarly, match="the first 20 requests were all refused, the last with: HTTP 422"):
+def test_a_second_run_asks_nothing_and_reads_the_same(ask):
+    first, _ = ask(Answer(text=GOOD), rows=many(3))
+    second, server = ask(Answer(status=500), rows=many(3), owner="another")
+    assert (second, server.calls) == (first, [])
+
+
+def test_identical_requests_are_asked_once(ask):
+    outcomes, server = ask(Answer(text=GOOD, delay_seconds=0.05), rows=[ROW, ROW | {"id": "1"}, ROW | {"id": "2", "true_label": 0}])
+    assert ([outcome.status for outcome in outcomes], len(server.calls)) == (["ok"] * 3, 1)
+
+
+def test_a_parser_that_changed_reads_old_replies_anew_and_asks_nothing(ask, folder, monkeypatch):
+    ask(Answer(text=GOOD), rows=many(2))
+    ledger = Ledger(folder)
+    ledger.settle([first_key(TeacherConfig(base_url="http://teacher.test"), PROMPT, row) for row in many(2)])  # what a run does at its end
+    ledger.close()
+    monkeypatch.setattr("nli.teacher.parse_reply", lambda *_: Parsed(ParseStatus.BAD_LABEL, None, "a stricter parser"))
+    outcomes, server = ask(Answer(text=GOOD), rows=many(2))
+    assert ([(outcome.status, outcome.problem) for outcome in outcomes], server.calls) == ([("bad_label", "a stricter parser")] * 2, [])
+
+
+def test_a_run_that_ended_before_its_repair_asks_for_the_repair_alone(ask):
+    with pytest.raises(TeacherError):
+        ask(Answer(text="I think so."), Answer(status=401))
+    outcomes, server = ask(Answer(text=GOOD))
+    assert (outcomes[0].status, outcomes[0].num_replies, len(server.calls)) == ("ok", 2, 1)
+    assert server.calls[0]["messages"][2]["content"] == "I think so."
+
+
+@pytest.mark.parametrize(("broken", "kind"), [(Answer(hang_up=True), "reset"), (Answer(body="not JSON"), "no_completion"), (Answer(delay_seconds=9), "timeout")])
+def test_a_call_without_answer_is_ambiguous_and_asked_again_or_held_as_the_config_says(ask, waits, folder, broken, kind):
+    held, server = ask(broken, timeout_seconds=0.2, ambiguous="hold", max_cost=1.0)
+    assert (held[0].status, len(server.calls), server.states, server.totals.ambiguous_sends) == ("request_failed", 1, {"ambiguous": 1}, 1)
+    assert server.totals.held > 0 and server.totals.cost == server.totals.reserved == 0
+    again, server = ask(Answer(text=GOOD), ambiguous="hold", max_cost=1.0)
+    assert (again, server.calls) == (held, [])
+    reader = LedgerReader(folder)
+    assert [row["kind"] for row in reader.list_rows()] == [kind]
+    reader.close()
+    outcomes, server = ask(Answer(text=GOOD), ambiguous="retry", max_cost=1.0)
+    assert (outcomes[0].status, len(server.calls), server.totals.ambiguous_sends) == ("ok", 1, 1)
+
+
+def test_a_budget_stops_before_the_call_that_could_exceed_it_and_a_larger_one_goes_on(ask):
+    settings = {"price_input_per_million": 1000.0, "price_output_per_million": 1000.0, "max_tokens": 100}
+    usage = {"prompt_tokens": 900, "completion_tokens": 100}  # a dollar a call; what a call could cost is more
+    with pytest.raises(TeacherError, match=r"--max-cost 5 is used up") as caught:
+        ask(Answer(text=GOOD, usage=usage), rows=many(9), max_cost=5.0, **settings)
+    assert 1 <= len(caught.value.server.calls) < 5
+    assert caught.value.server.totals.cost == len(caught.value.server.calls) * 10**9
+    outcomes, server = ask(Answer(text=GOOD, usage=usage), rows=many(9), max_cost=50.0, **settings)
+    assert [outcome.status for outcome in outcomes] == ["ok"] * 9
+    assert (server.totals.cost, server.totals.reserved, server.totals.held) == (9 * 10**9, 0, 0)
+
+
+def test_a_price_is_needed_for_a_budget_and_for_nothing_else():
+    assert TeacherConfig(model="unheard-of").price() is None
+    with pytest.raises(ConfigError, match="no price is known for model 'unheard-of'"):
+        TeacherConfig(model="unheard-of", max_cost=1.0).price()
+    assert TeacherConfig(mode="batch").price().input_per_million == TeacherConfig().price().input_per_million / 2
+
+
+def test_a_server_of_another_make_gets_its_own_names_and_no_key(ask_one, waits):
+    _, server = ask_one(Answer(text=GOOD), api="openai", random_seed=7)
+    assert server.calls[0]["seed"] == 7 and "random_seed" not in server.calls[0]
+    assert check_teacher(TeacherConfig(api_key_file="none")) == "none"
+
+
+def test_a_server_that_refuses_every_request_ends_the_run_and_one_that_answers_does_not(ask):
+    rows = many(30)
+    with pytest.raises(TeacherError, match="the first 20 requests were all refused, the last with: HTTP 422"):
         ask(*[Answer(status=422)] * 30, rows=rows, max_in_flight=1)
+    rows = many(31)[1:]
     outcomes, _ = ask(Answer(text=GOOD), *[Answer(status=422)] * 29, rows=rows, max_in_flight=1)
     assert [outcome.status for outcome in outcomes] == ["ok"] + ["request_failed"] * 29

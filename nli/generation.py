@@ -1,0 +1,226 @@
+"""What the stages that ask a teacher have in common: rows in, the ledger between, rows out.
+
+    run_generation(Generation(stage="thoughts", config=config, prompt=prompt, source=csv, output=jsonl, read_rows=…, build_row=…, …))
+
+    1  the rows are read once, checked, and put into a worklist on disk with the key of each one's request
+    2  requests without a reply in the ledger are asked, by Ray Data actors that fetch slices of the worklist; identical requests are asked once
+    3  the output is made from the rows and the ledger: a pure step, repeated on every run, that costs no call
+
+Nothing of this is held in memory whole. A run that stops for whatever reason goes on with step 2; a finished one has nothing to do there.
+"""
+
+import contextlib
+import json
+import signal
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nli.chat_api import Unreachable, check_reachable
+from nli.cluster import connected, spread
+from nli.errors import NLIError, TeacherError
+from nli.estimates import describe_estimate, estimate_run
+from nli.ledger import Ledger, LedgerReader, new_owner
+from nli.parsing import ParseStatus
+from nli.prices import NANO
+from nli.progress import LiveProgress
+from nli.prompts import TEACHER_PROMPTS, Prompt
+from nli.runs import manifest_beside, start_run
+from nli.services import LedgerClient, LimiterClient, post_to_actor, start_ledger_service, start_limiter_service, sync_with_actor
+from nli.storage import dump_line, resolve_output, write_atomic
+from nli.teacher import Outcome, Teacher, TeacherConfig, check_teacher, describe_requests, first_key, read_outcomes, settle_key_file
+from nli.worklist import Worklist
+
+MOST_FAILED_SHARE = 0.05  # of a file's rows, beyond which the stage ends in an error
+LARGEST_SLICE = 256  # rows that a worker takes at a time
+STOPPED = "stopped from outside; calls under way were awaited"
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One stage's work: what it reads, asks and writes."""
+
+    stage: str
+    config: TeacherConfig
+    prompt: Prompt
+    source: Path
+    output: Path
+    read_rows: Callable[[], Iterable[dict]]
+    """the rows to ask about, streamed; raises DataError"""
+    build_row: Callable[[Mapping, Outcome], dict]
+    """the output's row"""
+    count_row: Callable[[Counter, Mapping], None]
+    """adds a row of the output to the run's counts"""
+    find_fault: Callable[[Mapping], tuple[str, str] | None]
+    """(reason, details) of a row that is a dead letter, None of a good one"""
+
+
+def run_generation(work: Generation) -> Counter | None:
+    """Ask for what is not there yet and write the output; returns its counts, None after a dry run.
+
+    Raises DataError, TeacherError, StorageError or ResumeError before the first call; TeacherError also later, when no call can succeed, the budget is used
+    up or too many requests failed. Replies stay in the ledger, and the same command goes on.
+    """
+    config = settle_key_file(work.config)
+    key = check_teacher(config)
+    folder = resolve_output(config.ledger_dir, config.storage_root)
+    with tempfile.TemporaryDirectory(prefix="nli-rows-") as place, Worklist(Path(place) / "rows.sqlite") as worklist:
+        num_rows = worklist.fill(((row, first_key(config, work.prompt, row)) for row in work.read_rows()), work.source)
+        if config.dry_run:
+            estimate = estimate_run(config, work.prompt, worklist, folder, str(work.output), _finds_done(work, folder))
+            print(describe_estimate(config, estimate), flush=True)
+            return None
+        identity = describe_requests(config, work.prompt)
+        record = start_run(manifest_beside(work.output), work.stage, identity, config, [work.source], has_work=work.output.exists())
+        ledger = Ledger(folder)
+        try:
+            num_pending = worklist.list_pending(_finds_done(work, folder))
+            num_requests = worklist.count_requests()
+            same = f" ({num_requests} different requests)" if num_requests < num_rows else ""
+            done = num_requests - num_pending
+            print(f"{work.stage}: {num_rows} rows{same}, {done} finished already, {num_pending} to ask {config.model} for", flush=True)
+            if num_pending:
+                ledger.begin_run(str(work.output), int(config.max_cost * NANO) if config.max_cost else None)
+                if config.mode == "batch":
+                    raise TeacherError("batch mode is not there yet")
+                _ask(work, config, key, ledger, folder, worklist, num_pending)
+            counts = _write_output(work, ledger, folder, worklist)
+            totals = ledger.read_totals(str(work.output))
+        finally:
+            ledger.close()
+    spent = {"ambiguous_sends": totals.ambiguous_sends, "repairs": totals.repairs}
+    spent |= {"cost_dollars": totals.cost / NANO, "held_dollars": totals.held / NANO} if config.price() else {}
+    record.finish({**counts, "spent": spent})
+    _refuse_failed(work, counts)
+    return counts
+
+
+def _ask(work: Generation, config: TeacherConfig, key: str, ledger: Ledger, folder: Path, worklist: Worklist, num_pending: int) -> None:
+    """Have workers ask for all pending rows. Raises the first NLIError of a worker, after the calls under way of all workers have ended."""
+    import ray
+
+    try:
+        check_reachable(config.base_url)
+    except Unreachable as error:
+        raise TeacherError(f"{error}. Check --base-url and the network; nothing was sent.") from None
+    size = max(1, min(LARGEST_SLICE, num_pending // (8 * config.workers)))
+    slices = [{"first": first, "last": min(first + size - 1, num_pending)} for first in range(1, num_pending + 1, size)]
+    run = str(work.output)
+    with connected(), _halting_on_signals(ledger, run), LiveProgress(work.stage, LedgerReader(folder), run, num_pending, bool(config.price())):
+        services = [start_ledger_service(folder), start_limiter_service(config.base_url, key, config.limits())]
+        before = ray.get(services[1].set_limits.remote(config.limits()))
+        if before != config.limits():
+            print(f"{work.stage}: the account's limits are now {describe_limits(config.limits())}; they were {describe_limits(before)}", flush=True)
+        arguments = (config, work.prompt.name, run, str(worklist.path), *services)
+        for _ in spread(slices, Asker, arguments, num_workers=config.workers, batch_size=1, label=work.stage, awaits_all=True):
+            pass
+
+
+class Asker:
+    """Ray Data actor: slices of a worklist in, tallies out; the replies go into the ledger."""
+
+    def __init__(self, config: TeacherConfig, prompt_name: str, run: str, worklist: str, ledger, limiter) -> None:
+        self.worklist = worklist
+        self.ledger = ledger
+        name = new_owner("worker")
+        limits = LimiterClient(sync_with_actor(limiter), name, config.limits(), config.workers)
+        self.teacher = Teacher(config, TEACHER_PROMPTS[prompt_name], check_teacher(config), run, LedgerClient(post_to_actor(ledger), name), limits)
+
+    async def __call__(self, slices: list[dict]) -> list[dict]:
+        for piece in slices:
+            rows = await self.ledger.read_rows.remote(self.worklist, piece["first"], piece["last"])
+            await self.teacher.ask_all([json.loads(row) for row in rows])
+        return slices
+
+
+def _finds_done(work: Generation, folder: Path) -> Callable[[list[bytes]], set[bytes]]:
+    """A function that picks, from keys of first requests, those that need no call any more."""
+    if not (folder / "ledger.sqlite").exists():
+        return lambda keys: set()
+    reader = LedgerReader(folder)
+    return lambda keys: {key for key, (_, is_complete) in read_outcomes(work.prompt, reader, keys, work.config.repair_invalid).items() if is_complete}
+
+
+def _write_output(work: Generation, ledger: Ledger, folder: Path, worklist: Worklist) -> Counter:
+    """Make the output and its dead letters from rows and ledger; returns the counts."""
+    counts: Counter = Counter()
+    reader = LedgerReader(folder)
+    dead_letters = dead_letters_beside(work.output)
+
+    def write(aside: Path) -> None:
+        bad = aside.with_name(aside.name + ".dead")
+        with open(aside, "w", encoding="utf-8", newline="\n") as file, open(bad, "w", encoding="utf-8", newline="\n") as bad_file:
+            for chunk in worklist.iterate():
+                outcomes = read_outcomes(work.prompt, reader, list({key for _, key in chunk}), work.config.repair_invalid)
+                ledger.settle([key for key, (_, is_complete) in outcomes.items() if is_complete])
+                for row, key in chunk:
+                    made = work.build_row(row, outcomes[key][0])
+                    file.write(dump_line(made))
+                    counts["rows"] += 1
+                    work.count_row(counts, made)
+                    if fault := work.find_fault(made):
+                        counts[f"dead_{fault[0]}"] += 1
+                        bad_file.write(dump_line({"reason": fault[0], "details": fault[1], **made}))
+        bad.replace(dead_letters)
+
+    try:
+        write_atomic(work.output, write)
+    finally:
+        reader.close()
+    if not dead_letters.stat().st_size:
+        dead_letters.unlink()
+    return counts
+
+
+def dead_letters_beside(output: Path) -> Path:
+    """Where the rows that are not fit for training lie, each with its reason."""
+    return output.with_name(f"{output.stem}.dead_letters{output.suffix}")
+
+
+def _refuse_failed(work: Generation, counts: Mapping) -> None:
+    """Say how many requests failed in the end; raise TeacherError if they are too many to go on with."""
+    failed = counts.get(f"status_{ParseStatus.REQUEST_FAILED}", 0)
+    if failed:
+        why = dead_letters_beside(work.output).name
+        message = f"{work.output}: {failed} of {counts['rows']} requests failed; {why} says why. The same command asks for them again."
+        if failed > MOST_FAILED_SHARE * counts["rows"]:
+            raise TeacherError(message)
+        print(message, flush=True)
+
+
+def describe_limits(limits) -> str:
+    """An account's limits in words."""
+    names = {"requests_per_minute": "requests a minute", "tokens_per_minute": "tokens a minute", "max_in_flight": "calls in flight"}
+    return ", ".join(f"{getattr(limits, name):g} {words}" for name, words in names.items() if getattr(limits, name)) or "none"
+
+
+@contextlib.contextmanager
+def _halting_on_signals(ledger: Ledger, run: str) -> Iterator[None]:
+    """On the first SIGINT or SIGTERM, let no further call go out and wait for those under way; a second one ends the process as usual."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    received = []
+
+    def halt(number: int, frame: object) -> None:
+        received.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        print("stopping: no further call is sent; waiting for those under way (again: stop at once)", flush=True)
+        ledger.commit([("driver", [("halt", run, STOPPED)])])
+
+    for number in before:
+        signal.signal(number, halt)
+    try:
+        yield
+    except NLIError:
+        if received:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,90 @@
+"""The rows of one run, on disk: what a generation stage goes through more than once without holding it in memory.
+
+    with Worklist(folder / ".train.jsonl.rows.sqlite") as worklist:
+        worklist.fill((row, key) for …)             # in input order; refuses two rows of one row key
+        worklist.list_pending(is_done)              # the first row of each request that is not done
+        for row, key in worklist.iterate(): …
+
+One SQLite file without durability: a run that is killed makes it anew.
+"""
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+
+from nli.errors import DataError, StorageError
+from nli.records import row_key
+
+CHUNK = 500  # rows in one statement
+
+
+class Worklist:
+    """A file of rows with their request keys, removed at the end of the `with` block."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        except (OSError, sqlite3.Error) as error:
+            raise StorageError(f"{path}: cannot be written ({error}).") from None
+        self._db.executescript(
+            "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-8000;"
+            "CREATE TABLE rows (n INTEGER PRIMARY KEY, row TEXT, key BLOB, row_key TEXT); CREATE TABLE pending (i INTEGER PRIMARY KEY, n INTEGER);"
+        )
+
+    def __enter__(self) -> "Worklist":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._db.close()
+        self.path.unlink(missing_ok=True)
+
+    def fill(self, rows: Iterable[tuple[Mapping, bytes]], source: Path) -> int:
+        """Store rows with the key of each one's request; returns how many. Raises DataError if two rows share id and pair, or there is no row."""
+        numbered = ((json.dumps(row, ensure_ascii=False), key, row_key(row)) for row, key in rows)
+        try:
+            while chunk := list(islice(numbered, CHUNK)):
+                self._db.execute("BEGIN")
+                self._db.executemany("INSERT INTO rows (row, key, row_key) VALUES (?, ?, ?)", chunk)
+                self._db.execute("COMMIT")
+            self._db.execute("CREATE INDEX rows_by_key ON rows (key)")
+            self._db.execute("CREATE INDEX rows_by_row_key ON rows (row_key)")
+        except sqlite3.Error as error:
+            raise StorageError(f"{self.path}: cannot be written ({error}). Free space or choose another output.") from None
+        repeated = self._db.execute("SELECT MAX(n), row FROM rows GROUP BY row_key HAVING COUNT(*) > 1 ORDER BY 1 LIMIT 1").fetchone()
+        if repeated:
+            raise DataError(f"{source}: row {repeated[0]} repeats the id {json.loads(repeated[1])['id']!r} and the pair of an earlier row; remove one of them.")
+        return self._db.execute("SELECT COUNT(*) FROM rows").fetchone()[0]
+
+    def count_requests(self) -> int:
+        """How many different requests the rows make."""
+        return self._db.execute("SELECT COUNT(DISTINCT key) FROM rows").fetchone()[0]
+
+    def list_pending(self, are_done: Callable[[list[bytes]], set[bytes]]) -> int:
+        """Put the first row of each request that is not done among the pending ones; returns how many they are."""
+        requests = self._db.execute("SELECT MIN(n), key FROM rows GROUP BY key ORDER BY 1")
+        writing = self._db.cursor()
+        writing.execute("DELETE FROM pending")
+        while chunk := requests.fetchmany(CHUNK):
+            done = are_done([key for _, key in chunk])
+            writing.executemany("INSERT INTO pending (n) VALUES (?)", [(n,) for n, key in chunk if key not in done])
+        return self._db.execute("SELECT COUNT(*) FROM pending").fetchone()[0]
+
+    def iterate(self) -> Iterator[list[tuple[dict, bytes]]]:
+        """Chunks of (row, key), in input order."""
+        cursor = self._db.execute("SELECT row, key FROM rows ORDER BY n")
+        while chunk := cursor.fetchmany(CHUNK):
+            yield [(json.loads(row), key) for row, key in chunk]
+
+
+def read_pending(path: str, first: int, last: int) -> list[str]:
+    """Pending rows `first` to `last` (from 1, both included) of a worklist, as JSON."""
+    db = sqlite3.connect(f"{Path(path).as_uri()}?mode=ro&immutable=1", uri=True)
+    try:
+        return [row for (row,) in db.execute("SELECT row FROM pending JOIN rows USING (n) WHERE i BETWEEN ? AND ? ORDER BY i", (first, last))]
+    finally:
+        db.close()
