@@ -4,6 +4,7 @@ model = load_base(path, "nf4", "bf16", "cuda:0", register_packed_attention())
 model(input_ids=[[5, 6, 7, 8, 9]], position_ids=[[0, 1, 2, 0, 1]], cu_seq_lens_q=[0, 3, 5], max_length_q=3, …)     rows 5 6 7 and 8 9
 """
 
+import functools
 import inspect
 from itertools import pairwise
 
@@ -41,15 +42,22 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, cu
     return _by_row(query, key, value, cu_seq_lens_q.tolist(), scaling, left), None
 
 
-def _varlen(q, k, v, bounds, longest, scaling, left):
+@functools.cache
+def _find_kernel() -> tuple[str, object, dict]:
+    """The variable-length kernel's name, its function and what it needs to be told; looked for once, because an import that fails is slow each time."""
     try:
-        from flash_attn import flash_attn_varlen_func
+        import flash_attn
     except ImportError:
         from torch.nn.attention.varlen import varlen_attn
 
-        grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-        return varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(left, 0), scale=scaling, **grouped)
-    return flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, softmax_scale=scaling, causal=True, window_size=(left, 0))
+        return "torch varlen", varlen_attn, {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    return f"flash-attn {flash_attn.__version__}", flash_attn.flash_attn_varlen_func, {"causal": True}
+
+
+def _varlen(q, k, v, bounds, longest, scaling, left):
+    name, kernel, values = _find_kernel()
+    scale = {"scale" if name == "torch varlen" else "softmax_scale": scaling}
+    return kernel(q, k, v, bounds, bounds, longest, longest, window_size=(left, 0), **scale, **values)
 
 
 def _by_row(query, key, value, bounds, scaling, left):
@@ -73,10 +81,4 @@ def _by_row(query, key, value, bounds, scaling, left):
 
 def name_packed_kernel(device: str) -> str:
     """Which kernel the attention "packed" uses on a device, for the log."""
-    if not device.startswith("cuda"):
-        return "torch, row by row"
-    try:
-        import flash_attn
-    except ImportError:
-        return "torch varlen"
-    return f"flash-attn {flash_attn.__version__}"
+    return _find_kernel()[0] if device.startswith("cuda") else "torch, row by row"

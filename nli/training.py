@@ -5,6 +5,7 @@ Out:  the run's folder: adapter_model.safetensors, adapter_config.json, tokenize
 """
 
 import gc
+import importlib.util
 import json
 import logging
 import math
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 from nli.attention import name_packed_kernel, register_packed_attention
 from nli.batches import GlobalBatches
 from nli.checkpoints import read_trainer_state, write_card
+from nli.errors import ConfigError
 from nli.kernels import speed_up
 from nli.memory import GIB, Choice, Shape, Workload, choose
 from nli.model import add_lora, keep_weights_in_evaluations, load_adapter_weights, load_base, quiet_libraries
@@ -180,8 +182,11 @@ def is_at_end(state: Mapping) -> bool:
 
 
 def build_arguments(config: TrainConfig, output: Path, use_gpu: bool, world_size: int):
-    """TRL's arguments for a config."""
+    """TRL's arguments for a config. Raises ConfigError if it asks for DeepSpeed and there is none."""
     from trl import SFTConfig
+
+    if config.parallel == "zero2" and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError("parallel zero2 needs DeepSpeed, which is not installed where the worker runs: pip install '.[zero]', or use parallel ddp.")
 
     reports = ["tensorboard"]
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "tensorboard")

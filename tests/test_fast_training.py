@@ -316,3 +316,15 @@ def test_in_bf16_the_fused_gradients_are_as_near_as_bf16_allows():
     torch.nn.functional.cross_entropy(fast(**micro, use_cache=False).logits[0, :-1].float(), labels, reduction="sum").backward()
     one, other = (torch.cat([gradient.flatten() for gradient in adapter_gradients(model).values()]) for model in (plain, fast))
     assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.999
+
+
+def test_the_kernel_for_gpus_takes_what_it_is_given(monkeypatch):
+    """No kernel runs here; the call is bound to the signature of the one that would."""
+    import inspect
+
+    from nli import attention
+
+    name, kernel, values = attention._find_kernel()
+    monkeypatch.setattr(attention, "_find_kernel", lambda: (name, inspect.signature(kernel).bind, values))
+    bound = attention._varlen("q", "k", "v", "bounds", 9, 0.1, -1)
+    assert bound.arguments["window_size"] == (-1, 0) and 0.1 in bound.arguments.values()

@@ -81,6 +81,16 @@ def test_ways_to_split_a_4_bit_base_are_refused_with_the_reason(parallel, reason
         TrainConfig(parallel=parallel)
 
 
+def test_zero2_without_deepspeed_is_refused_with_the_cure(tmp_path: Path, monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"parallel zero2 needs DeepSpeed.*pip install '\.\[zero\]'"):
+        build_arguments(TrainConfig(parallel="zero2", wandb=False), tmp_path, use_gpu=False, world_size=1)
+    with pytest.raises(ConfigError, match="parallel zero2 computes in bf16"):
+        TrainConfig(parallel="zero2", compute_dtype="fp32")
+
+
 def test_arguments_reach_the_trainer_as_the_config_says(tmp_path: Path):
     arguments = build_arguments(load("default").__class__(compute_dtype="fp32", wandb=False), tmp_path, use_gpu=False, world_size=1)
     assert (arguments.learning_rate, arguments.lr_scheduler_type, arguments.warmup_steps, arguments.weight_decay) == (2e-4, "linear", 0.03, 0.01)
