@@ -26,6 +26,7 @@ from nli.saving import SealedCheckpoints, find_start, read_best, save_adapter
 from nli.storage import dump_line, write_atomic
 from nli.tokenization import load_tokenizer
 from nli.trainer import build_trainer_class
+from nli.watch_beside import WatchBeside
 from nli.watching import WatchedEvaluations, read_watch
 
 if TYPE_CHECKING:
@@ -43,7 +44,17 @@ ZERO2 = {
     "gradient_accumulation_steps": 1,
 }
 
-_SHOWN = ("loss", "eval_loss", "eval_accuracy", "eval_unparsed_rate", "eval_eos_rate", "grad_norm", "learning_rate", "tokens_per_second")  # on the console
+_SHOWN = (
+    "loss",
+    "eval_loss",
+    "watch_step",
+    "eval_accuracy",
+    "eval_unparsed_rate",
+    "eval_eos_rate",
+    "grad_norm",
+    "learning_rate",
+    "tokens_per_second",
+)  # on the console
 
 
 def train_worker(job: dict) -> None:
@@ -64,6 +75,8 @@ def train_worker(job: dict) -> None:
     trainer = build_trainer(config, output, job["tokenised"], device)
     if config.watch_rows:
         trainer.watch = read_watch(job["tokenised"], trainer.processing_class, config.watch_rows, config.max_length, config.seed)
+        if config.watch_beside is not False and config.best_by == "eval_loss":
+            trainer.beside = WatchBeside(config, job["tokenised"], job["use_gpu"])
     if context.get_world_rank() == 0:
         trainer.best_adapter = read_best(checkpoint)
     started = time.monotonic()
@@ -74,13 +87,15 @@ def train_worker(job: dict) -> None:
         gc.collect()
         gc.freeze()  # the collector would go through every module and weight while the GPU waits for its next kernel
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.log_watched(wait=True)
     state = trainer.state
     if context.get_world_rank() == 0:
         save_adapter(trainer, trainer.processing_class, output, trainer.best_adapter)
         write_card(output, config.base_model, config.quantization, config.compute_dtype, config.max_length)
         best = next((entry for entry in state.log_history if entry["step"] == state.best_global_step and "eval_loss" in entry), {})
         result = {"steps": state.global_step, "epochs": round(state.epoch, 3), "eval_loss": best.get("eval_loss")}
-        result |= {"accuracy": best["eval_accuracy"]} if "eval_accuracy" in best else {}
+        accuracy = best.get("eval_accuracy", (trainer.watched or {}).get(state.best_global_step, {}).get("accuracy"))
+        result |= {"accuracy": accuracy} if accuracy is not None else {}
         result |= {"train_seconds": round(time.monotonic() - started, 1), "best_checkpoint": f"checkpoint-{best['step']}" if best else None}
         result |= {"resumed_from": str(checkpoint or "")}
         write_atomic(output / "result.json", json.dumps(result) + "\n")

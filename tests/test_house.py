@@ -22,7 +22,7 @@ BANDS = {
         *("teacher", "progress", "estimates", "generation", "batch_api"),
     },
     "model": {
-        *("tokenization", "model", "checkpoints", "engines", "saving", "preflight", "preflight_report", "watching"),
+        *("tokenization", "model", "checkpoints", "engines", "saving", "preflight", "preflight_report", "watching", "watch_beside"),
         *("memory", "attention", "batches", "kernels", "trainer", "training"),
     },
     "stages": {"thoughts", "reflections", "sft_data", "sft", "sweep", "export", "inference", "evaluation", "data_checks", "pipeline"},
