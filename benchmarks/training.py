@@ -157,7 +157,7 @@ def read_config(setting: Setting, tiny: bool):
 
     values = {
         "base_model": str(REPOSITORY / "data/sample/tiny-mistral") if tiny else str(MODEL),
-        "output_dir": "/tmp/nli-bench/run",
+        "output_dir": f"/tmp/nli-bench/run-{os.getpid()}",
         "max_length": 1024,
         "max_steps": 4 if tiny else setting.steps,
         "eval_steps": 10_000,
@@ -166,6 +166,7 @@ def read_config(setting: Setting, tiny: bool):
         "lr_scheduler": "constant_with_warmup",
         "log_steps": 1,
         "wandb": False,
+        "watch_rows": 0,
         "num_workers": max(1, setting.workers),
         "use_gpu": not tiny,
     } | setting.config
@@ -297,7 +298,7 @@ def run_ray(name: str, setting: Setting, tiny: bool) -> None:
     ray.init(include_dashboard=False, num_cpus=4, num_gpus=0 if tiny else setting.workers, log_to_driver=True)
     from dataclasses import asdict
 
-    job = {"config": asdict(config), "output": config.output_dir, "tokenised": str(rows_folder(tiny)), "use_gpu": not tiny}
+    job = {"config": asdict(config), "output": config.output_dir, "tokenised": str(rows_folder(tiny)), "use_gpu": not tiny, "run_id": "bench"}
     started = time.monotonic()
     TorchTrainer(
         train_worker,
