@@ -121,6 +121,16 @@ def test_the_log_loses_the_steps_that_are_made_again_and_a_torn_line(tmp_path):
     assert (tmp_path / "log.jsonl").read_text() == ""
 
 
+def test_a_disk_that_fills_up_under_a_log_is_told_and_other_errors_stay_what_they_are(tmp_path):
+    with (
+        pytest.raises(StorageError, match=rf"{tmp_path}: No space left on device. Free space and run the same command"),
+        saving.telling_of_a_full_disk(tmp_path),
+    ):
+        Path("/dev/full").write_text("a line")
+    with pytest.raises(FileNotFoundError), saving.telling_of_a_full_disk(tmp_path):
+        (tmp_path / "none").read_text()
+
+
 # with Ray
 
 

@@ -23,7 +23,7 @@ BANDS = {
     },
     "model": {
         *("tokenization", "model", "checkpoints", "engines", "saving", "preflight", "preflight_report", "watching", "watch_beside"),
-        *("memory", "attention", "batches", "kernels", "trainer", "training"),
+        *("memory", "attention", "batches", "kernels", "trainer", "tracking", "training"),
     },
     "stages": {"thoughts", "reflections", "sft_data", "sft", "sweep", "export", "inference", "evaluation", "data_checks", "pipeline"},
 }
