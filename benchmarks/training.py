@@ -48,17 +48,21 @@ SETTINGS = {
     "22gb": Setting({"memory_limit_gb": 22.0}),
     "22gb-no-dropout": Setting({"memory_limit_gb": 22.0, **NO_DROPOUT}),
     # the memory estimate's other points
-    "recompute-all": Setting({"activation_checkpointing": True, "micro_batch_tokens": 12500}, steps=3),
-    "recompute-all-small": Setting({"activation_checkpointing": True, "micro_batch_tokens": 4200}, steps=3),
-    "rank-16-qv": Setting({**NO_DROPOUT, "lora_rank": 16, "target_modules": ("q_proj", "v_proj"), "micro_batch_tokens": 8400}, steps=3),
+    "recompute-all": Setting({"activation_checkpointing": True, "micro_batch_tokens": 12500}, steps=4),
+    "10gb": Setting({"activation_checkpointing": "auto", "memory_limit_gb": 10.0}, steps=4),
+    "rank-16-qv": Setting({**NO_DROPOUT, "lora_rank": 16, "target_modules": ("q_proj", "v_proj"), "micro_batch_tokens": 8400}, steps=4),
     "bf16-base": Setting({**NO_DROPOUT, "quantization": "none", "micro_batch_tokens": 8400}, steps=4),
-    "int8-base": Setting({**NO_DROPOUT, "quantization": "int8", "micro_batch_tokens": 4200}, steps=3),
+    "int8-base": Setting({**NO_DROPOUT, "quantization": "int8", "micro_batch_tokens": 4200}, steps=4),
     # several GPUs
-    "ray-1": Setting(workers=1, steps=12),
-    "ray-2": Setting(workers=2, steps=12),
+    "ray-1": Setting({"log_steps": 4}, workers=1, steps=16),
+    "ray-2": Setting({"log_steps": 4}, workers=2, steps=16),
     "zero2": Setting({"parallel": "zero2"}, workers=2, steps=6),
 }
-OTHERS = ("baseline", "baseline-no-recompute", "equality", "profile")
+GROUPS = {  # run one after the other in one process, where each line only adds to the kernels of the line before
+    "table": ("packed", "liger", "adapters", "mlp", "fast"),
+    "memory": ("recompute-all", "10gb", "rank-16-qv", "bf16-base"),
+}
+OTHERS = (*GROUPS, "baseline", "baseline-no-recompute", "equality", "profile")
 
 
 def main() -> None:
@@ -71,8 +75,11 @@ def main() -> None:
     sys.path[:0] = [str(REPOSITORY), arguments.baselines]
     if arguments.run:
         prepare(arguments.tiny)
-        run = {"equality": run_equality, "profile": run_profile}.get(arguments.run, functools.partial(run_setting, name=arguments.run))
-        run(tiny=arguments.tiny)
+        if arguments.run in ("equality", "profile"):
+            {"equality": run_equality, "profile": run_profile}[arguments.run](arguments.tiny)
+        for name in GROUPS.get(arguments.run, (arguments.run,) if arguments.run in SETTINGS else ()):
+            run_setting(name, arguments.tiny)
+            forget(arguments.tiny)
         return
     for name in arguments.settings:
         if name not in SETTINGS and name not in OTHERS:
@@ -191,8 +198,7 @@ def build(config, tiny: bool, without: tuple[str, ...] = ()):
         return arguments
 
     training.build_arguments = build_arguments
-    if "adapters" in without:
-        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if "adapters" in without else "no"
     trainer = training.build_trainer(config, output, str(rows_folder(tiny)), "cpu" if tiny else "cuda:0")
     training.build_arguments = plain_arguments
     return trainer
@@ -245,6 +251,17 @@ def run_setting(name: str, tiny: bool) -> None:
         frozen_changed=len(frozen_changed),
         adapters_unchanged=len(trained_same),
     )
+
+
+def forget(tiny: bool) -> None:
+    """Free the model of the setting before."""
+    import torch
+
+    gc.unfreeze()
+    gc.collect()
+    if not tiny:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def speed(seconds, lengths, parameters: int, workers: int = 1) -> dict:
@@ -310,11 +327,13 @@ def run_ray(name: str, setting: Setting, tiny: bool) -> None:
     logs = [json.loads(line) for line in Path(config.output_dir, "log.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [row for row in logs if "grad_norm" in row]
     lengths = [len(ids) for ids in read_split(str(rows_folder(tiny)), "train", 1024)["input_ids"]]
-    rates = [row["tokens_per_second"] * setting.workers for row in steps[2:]] or [row["tokens_per_second"] * setting.workers for row in steps]
+    rates = [row["tokens_per_second"] * setting.workers for row in steps]
+    rates = rates[min(2, 8 // config.log_steps) :] or rates  # the first steps compile kernels
     record(
         setting=name,
         workers=setting.workers,
         tokens_per_second=round(float(numpy.median(rates))),
+        rates=rates,
         mean_row=round(float(numpy.mean(lengths)), 1),
         seconds=round(wall, 1),
         losses=[round(row["loss"], 4) for row in steps],

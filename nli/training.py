@@ -156,7 +156,7 @@ def plan_memory(config: TrainConfig, shape: Shape, device: str, longest: int, st
     limit = config.memory_limit_gb * GIB
     if not limit:
         limit = torch.cuda.get_device_properties(device).total_memory if device.startswith("cuda") else 1024 * GIB
-    recompute, tokens = config.activation_checkpointing, math.ceil(step_tokens / config.num_workers)
+    recompute, tokens = config.activation_checkpointing, math.ceil(1.2 * step_tokens / config.num_workers)  # a step may be longer than the mean one
     return choose(read_workload(config, shape), limit, longest, tokens, recompute, config.micro_batch_tokens)
 
 
@@ -220,6 +220,7 @@ def build_arguments(config: TrainConfig, output: Path, use_gpu: bool, world_size
         dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_pin_memory=use_gpu,
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # they are constants
     )
 
 
