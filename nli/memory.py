@@ -13,8 +13,8 @@ from typing import Literal
 
 GIB = 2**30
 # Fitted: what each kept activation byte takes in truth, and what is there at any size (loss tile, dequantised matrices, buffers of the libraries).
-ACTIVATION_FACTOR = 1.065
-CONSTANT_BYTES = 0.7 * GIB
+ACTIVATION_FACTOR = 1.007
+CONSTANT_BYTES = 0.17 * GIB
 MARGIN = 0.92  # of the limit is planned for: the allocator's gaps and the CUDA context take the rest
 LEAST_TOKENS = 2048  # a micro-batch below this pays more for dequantising than recompute would
 MOST_TOKENS = 32768  # above this a larger micro-batch gains nothing

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from nli.batches import GlobalBatches, deal, pack
-from tests.conftest import TINY_BASE
+from tests.conftest import REPOSITORY, TINY_BASE
 
 # dealing rows
 
@@ -75,14 +75,14 @@ def test_packed_rows_have_their_own_positions_and_no_label_on_a_first_token():
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def tiny(quantization: str = "none", attention: str = "sdpa", targets=ATTENTION, dropout: float = 0.0):
+def tiny(quantization: str = "none", attention: str = "sdpa", targets=ATTENTION, dropout: float = 0.0, dtype: str = "fp32"):
     """The tiny Mistral with adapters whose B is not zero, so that every gradient is alive."""
     import torch
 
     from nli.model import add_lora, keep_weights_in_evaluations, load_base
 
     torch.manual_seed(0)
-    base = load_base(TINY_BASE, quantization, "fp32", "cpu", attention)
+    base = load_base(TINY_BASE, quantization, dtype, "cpu", attention)
     keep_weights_in_evaluations(base)
     model = add_lora(base, 8, 16, dropout, targets)
     for name, parameter in model.named_parameters():
@@ -232,3 +232,87 @@ def test_adapters_that_are_switched_off_or_merged_take_peft_s_own_way():
         assert not torch.equal(off, on)
         model.merge_adapter()
         assert torch.allclose(model(input_ids=ids).logits, on, atol=1e-4)
+
+
+# the same training
+
+
+def real_rows(count: int):
+    """Rows of the sample world as the student is trained on them."""
+    import csv
+    import json
+
+    import datasets
+
+    from nli.prompts import render_student_prompt
+    from nli.tokenization import encode_example, load_tokenizer
+
+    tokenizer, rows = load_tokenizer(TINY_BASE), []
+    with open(REPOSITORY / "data/sample/train.csv", encoding="utf-8") as file:
+        for number, row in zip(range(count), csv.DictReader(file), strict=False):
+            thought = "The premise says so. " * (1 + number % 4)
+            completion = json.dumps({"thought_process": thought, "predicted_label": int(row["label"])})
+            example = encode_example(tokenizer, render_student_prompt(row["premise"], row["hypothesis"]), completion)
+            rows.append({"input_ids": example.input_ids, "labels": example.labels})
+    return datasets.Dataset.from_list(rows)
+
+
+def test_a_packed_run_has_the_loss_curve_of_trl_s_padded_one(tmp_path):
+    """Real text, NF4, fp32: six steps of eight rows, once as one padded batch each, once in packed micro-batches of at most 300 tokens."""
+    from trl import SFTConfig, SFTTrainer
+
+    from nli.attention import register_packed_attention
+    from nli.kernels import speed_up
+    from nli.tokenization import load_tokenizer
+    from nli.trainer import build_trainer_class
+
+    values = {"max_steps": 6, "learning_rate": 2e-3, "lr_scheduler_type": "constant", "bf16": False, "use_cpu": True, "logging_steps": 1, "report_to": "none"}
+    values |= {
+        "save_strategy": "no",
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "max_length": None,
+        "per_device_train_batch_size": 8,
+        "disable_tqdm": True,
+    }
+    arguments = SFTConfig(output_dir=str(tmp_path), gradient_checkpointing=False, train_sampling_strategy="sequential", **values)
+    rows, tokenizer = real_rows(48), load_tokenizer(TINY_BASE)
+    batches = GlobalBatches(rows, 8, 0, 1, max_tokens=300, seed=5)
+    assert min(len(batches[step]) for step in range(6)) >= 2
+    ordered = rows.select([row for step in range(6) for row in batches.choose(step)])
+
+    plain = SFTTrainer(model=tiny("nf4"), args=arguments, train_dataset=ordered, processing_class=tokenizer)
+    packed_model = tiny("nf4", register_packed_attention())
+    speed_up(packed_model)
+    packed = build_trainer_class()(model=packed_model, batches=batches, eval_batches=batches, args=arguments, train_dataset=ordered, processing_class=tokenizer)
+    curves = []
+    for trainer in (plain, packed):
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        trainer.train()
+        curves.append([(entry["loss"], entry["grad_norm"], entry["mean_token_accuracy"]) for entry in trainer.state.log_history if "loss" in entry])
+    assert len(curves[0]) == 6 and curves[0][-1][0] < 0.9 * curves[0][0][0]
+    for one, other in zip(*curves, strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+
+
+def test_in_bf16_the_fused_gradients_are_as_near_as_bf16_allows():
+    """Real text: the fused path in bf16 against plain PEFT under autocast, as TRL runs it."""
+    import torch
+
+    from nli.attention import register_packed_attention
+    from nli.kernels import speed_up
+
+    rows = real_rows(8)
+    plain = tiny("nf4", dtype="bf16")
+    for row in rows:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = plain(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]]), use_cache=False).loss
+        (loss * sum(label != -100 for label in row["labels"][1:])).backward()
+    fast = tiny("nf4", register_packed_attention(), dtype="bf16")
+    speed_up(fast)
+    (micro,) = GlobalBatches(rows, 8, 0, 1, max_tokens=10_000)[0]
+    labels = micro.pop("labels")[0, 1:]
+    torch.nn.functional.cross_entropy(fast(**micro, use_cache=False).logits[0, :-1].float(), labels, reduction="sum").backward()
+    one, other = (torch.cat([gradient.flatten() for gradient in adapter_gradients(model).values()]) for model in (plain, fast))
+    assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.999
