@@ -2,7 +2,7 @@
 
     POST /v1/files                       multipart: purpose=batch, file=@requests.jsonl  ->  {"id": "file-1", "num_lines": 3, …}
         {"custom_id": "3f…", "body": {"messages": [...], "max_tokens": 1024}}            one request a line
-    POST /v1/batch/jobs                  {"endpoint", "input_files": ["file-1"], "model", "metadata", "timeout_hours"}  ->  {"id": "job-1", "status": "QUEUED", …}
+    POST /v1/batch/jobs                  {"endpoint", "input_files": ["file-1"], "model", "metadata", …}  ->  {"id": "job-1", "status": "QUEUED", …}
     GET  /v1/batch/jobs/job-1            QUEUED, then RUNNING, then how it ends: a job is looked at `polls` times before it has ended
     GET  /v1/files/file-2/content        {"id": "batch-job-1-0", "custom_id": "3f…", "response": {"status_code": 200, "body": {…completion…}}, "error": null}
 
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from benchmarks.delivery import reset
 from benchmarks.replies import fraction_of, key_of, write_content
 
 if TYPE_CHECKING:
@@ -97,6 +98,10 @@ class BatchEndpoints:
     def __init__(self, server: "TeacherServer", polls: int) -> None:
         self._server = server
         self._polls = polls
+        self.forget()
+
+    def forget(self) -> None:
+        """Start with no file and no job."""
         self.files: dict[str, StoredFile] = {}
         self.jobs: dict[str, Job] = {}
         self._num_files = 0
@@ -177,6 +182,8 @@ class BatchEndpoints:
         outcome = outcomes[len(self.jobs)] if len(self.jobs) < len(outcomes) else "SUCCESS"
         job = Job(f"job-{len(self.jobs) + 1}", requests, body["model"], body.get("metadata") or {}, body["input_files"], body["endpoint"], outcome)
         self.jobs[job.id] = job
+        if len(self.jobs) <= self._server.settings.faults.batch_lost_creates:
+            return reset(request)
         return web.json_response(job.describe())
 
     def _list_jobs(self, request: web.BaseRequest) -> web.Response:

@@ -19,7 +19,7 @@ DRIP_PIECES = 8
 def answer_unbilled(request: web.BaseRequest, script: FaultScript, kind: str) -> web.Response:
     """Faults that come before the bill: a status, or a reset connection."""
     if kind not in STATUS_KINDS:
-        return _reset(request)
+        return reset(request)
     # A date has whole seconds: rounded up, it never says "now" too early.
     date = formatdate(math.ceil(time.time()) + script.retry_after_seconds, usegmt=True)
     headers = {"429": {"Retry-After": str(script.retry_after_seconds)}, "429_date": {"Retry-After": date}}.get(kind)
@@ -30,7 +30,7 @@ def answer_unbilled(request: web.BaseRequest, script: FaultScript, kind: str) ->
 async def answer_billed(request: web.BaseRequest, script: FaultScript, kind: str, reply: bytes) -> web.StreamResponse:
     """Faults of an answer that is already billed."""
     if kind == "reset_after":
-        return _reset(request)
+        return reset(request)
     if kind == "not_json":
         return web.Response(body=b"<html><body>upstream closed</body></html>", content_type="text/html")
     if kind == "late":
@@ -50,7 +50,7 @@ async def answer_billed(request: web.BaseRequest, script: FaultScript, kind: str
     return response
 
 
-def _reset(request: web.BaseRequest) -> web.Response:
+def reset(request: web.BaseRequest) -> web.Response:
     """End the connection with a TCP reset."""
     transport = request.transport
     if transport is not None:

@@ -47,6 +47,8 @@ class FaultScript:
     """share of a batch job's requests that fail the first time that they are asked"""
     batch_jobs: tuple[str, ...] = ()
     """how the first jobs end, one after another; later ones succeed"""
+    batch_lost_creates: int = 0
+    """so many of the first jobs are made, and the connection is reset instead of saying so"""
     seed: int = 0
 
     def __post_init__(self) -> None:

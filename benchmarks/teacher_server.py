@@ -6,6 +6,7 @@
     GET  /bill           {"requests": 120, "billed": 97, "distinct": 90, "repeated": 7, "prompt_tokens": …, "windows": {"requests": 97, …}}
     GET  /bill?calls=1   the same with billed calls by request key; ?window=5 for windows of 5 seconds
     POST /bill/reset     forgets the bill and the attempts, keeps files and jobs
+    POST /batch/reset    forgets files and jobs
     POST /settings       {"refuse_after": null, "faults": {…}, "max_requests_per_minute": 600}: changed while it runs
 
 In Python, `with start_teacher_server(faults={"rate": 0.2}) as server:` runs it as a process of its own; `server.base_url`, `server.bill()`.
@@ -165,6 +166,9 @@ class TeacherServer:
             self._num_chat_calls = 0
             self._accepted.clear()
             return web.json_response({})
+        if request.path == "/batch/reset" and request.method == "POST":
+            self.batch.forget()
+            return web.json_response({})
         if request.path == "/settings" and request.method == "POST":
             try:
                 for name, value in (await request.json()).items():
@@ -209,6 +213,9 @@ class RunningServer:
 
     def reset_bill(self) -> None:
         self._ask("/bill/reset", {})
+
+    def forget_batches(self) -> None:
+        self._ask("/batch/reset", {})
 
     def change(self, **settings: object) -> None:
         """Change settings while it runs: refuse_after, faults, max_requests_per_minute, latency_seconds, key."""

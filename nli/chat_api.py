@@ -1,9 +1,8 @@
 """One chat-completions call over HTTP, in the wire format of Mistral's API and of every server that speaks it (vLLM among them).
 
     async with ChatClient("https://api.mistral.ai", key, timeout_seconds=60) as client:
-        data = await client.complete(b'{"messages": [...], "model": "ministral-8b-2512"}')
-        reply = read_reply(data)
-        reply.text, reply.finish_reason, reply.num_prompt_tokens
+        data, reply = await client.complete(b'{"messages": [...], "model": "ministral-8b-2512"}')
+        reply.text, reply.finish_reason, reply.num_prompt_tokens         # what `read_reply` finds in `data`, the raw body
 
 A call is made once; retrying is the caller's. A failure is one of two: CallFailed, which says whether another try can help and whether the call may have
 been billed, or TeacherError, after which no call of this run can succeed.
@@ -118,8 +117,8 @@ class ChatClient:
         else:
             loop.run_until_complete(session.close())
 
-    async def complete(self, body: bytes) -> bytes:
-        """Send one request's JSON; returns the body of the reply, which `read_reply` can read.
+    async def complete(self, body: bytes) -> tuple[bytes, Reply]:
+        """Send one request's JSON; returns the raw body of the response and what it says.
 
         Raises CallFailed, or TeacherError for a refused key (401, 403) or an unknown address or model (404).
         """
@@ -139,8 +138,7 @@ class ChatClient:
             raise CallFailed(f"no answer within {self._timeout.total:g} s", "timeout", retryable=True, is_ambiguous=True) from None
         except (aiohttp.ClientError, ConnectionError) as error:
             raise CallFailed(f"the connection broke ({type(error).__name__})", "reset", retryable=True, is_ambiguous=True) from None
-        read_reply(data)
-        return data
+        return data, read_reply(data)
 
     def _hide_key(self, data: bytes) -> bytes:
         return data if self._key == NO_KEY.encode() else data.replace(self._key, b"***")
@@ -178,9 +176,23 @@ def read_reply(data: bytes) -> Reply:
             text = "".join(chunk.get("text", "") for chunk in text if chunk.get("type") == "text")
         if text is not None and not isinstance(text, str):
             raise TypeError
-        return Reply(text or "", choice.get("finish_reason"), body.get("model", ""), usage.get("prompt_tokens"), usage.get("completion_tokens"))
+        counts = [_as_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
+        return Reply(_mend(text or ""), choice.get("finish_reason"), body.get("model", ""), *counts)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         raise CallFailed("the body of the reply is not a chat completion", "no_completion", retryable=True, is_ambiguous=True) from None
+
+
+def _as_count(value: object) -> int | None:
+    return value if isinstance(value, int) and value >= 0 else None
+
+
+def _mend(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair: JSON can escape one, and no file can hold it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 def _failure(url: str, status: int, retry_after: str | None, data: bytes) -> Exception:
@@ -200,7 +212,7 @@ def _error_message(data: bytes) -> str:
         message = inner.get("message") or inner.get("detail") or inner
     except (ValueError, AttributeError):
         message = data.decode("utf-8", "replace").strip() or "no message"
-    text = message if isinstance(message, str) else json.dumps(message)
+    text = _mend(message) if isinstance(message, str) else json.dumps(message)
     return text if len(text) <= 200 else text[:197] + "..."
 
 

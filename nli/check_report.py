@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from nli.figures import COLOURS, draw_intervals, draw_svg
-from nli.report import format_count, format_interval, format_percent, format_share, render_page
+from nli.report import GLYPHS, format_count, format_interval, format_percent, format_share, render_page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,6 +46,7 @@ def render_check(check: Mapping) -> str:
             if table
         ],
         buckets=table_buckets(check),
+        marks=[{"name": name, "colour": COLOURS[number % len(COLOURS)], "glyph": GLYPHS[number % len(GLYPHS)]} for number, name in enumerate(files)],
         charts=[draw_buckets(check["buckets"], way, files, min(lows, default=0.0)) for way in dict.fromkeys(row["by"] for row in check["buckets"])],
         histograms=[draw_lengths(text, rows, check["unit"]) for text, rows in group_lengths(check).items()],
         lengths=table_lengths(check),

@@ -58,7 +58,8 @@ def iterate_examples(path: Path, max_rows: int = 0, need_labels: bool = False) -
         row["true_label"] = _LABELS.get(label.strip())
         if need_labels and row["true_label"] is None:
             faults.append(f"{path}:{line}: no label, which this stage needs")
-        places.extend((_hash(row["id"]), line))
+        if "id" in header:
+            places.extend((_hash(row["id"]), line))
         num_rows += 1
         if not faults:
             yield row | named

@@ -19,17 +19,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from nli.batch_mode import ask_in_batches, refuse_open_batches
 from nli.chat_api import Unreachable, check_reachable
 from nli.cluster import connected, spread
 from nli.errors import NLIError, TeacherError
 from nli.estimates import describe_estimate, estimate_run
 from nli.ledger import Ledger, LedgerReader, new_owner
+from nli.limiter_client import LimiterClient
 from nli.parsing import ParseStatus
 from nli.prices import NANO
 from nli.progress import LiveProgress
 from nli.prompts import TEACHER_PROMPTS, Prompt
 from nli.runs import manifest_beside, start_run
-from nli.services import LedgerClient, LimiterClient, post_to_actor, start_ledger_service, start_limiter_service, sync_with_actor
+from nli.services import LedgerClient, post_to_actor, start_ledger_service, start_limiter_service, sync_with_actor
 from nli.storage import dump_line, resolve_output, write_atomic
 from nli.teacher import Outcome, Teacher, TeacherConfig, check_teacher, describe_requests, first_key, read_outcomes, settle_key_file
 from nli.worklist import Worklist
@@ -85,8 +87,10 @@ def run_generation(work: Generation) -> Counter | None:
             if num_pending:
                 ledger.begin_run(str(work.output), int(config.max_cost * NANO) if config.max_cost else None)
                 if config.mode == "batch":
-                    raise TeacherError("batch mode is not there yet")
-                _ask(work, config, key, ledger, folder, worklist, num_pending)
+                    ask_in_batches(config, work.prompt, key, str(work.output), ledger, folder, worklist.path)
+                else:
+                    refuse_open_batches(folder, worklist)
+                    _ask(work, config, key, ledger, folder, worklist, num_pending)
             counts = _write_output(work, ledger, folder, worklist)
             totals = ledger.read_totals(str(work.output))
         finally:

@@ -18,26 +18,31 @@ keeps what was flushed. Only the processes of one host open it (workers elsewher
 in whole nano-dollars.
 """
 
+import contextlib
 import fcntl
 import json
+import math
 import os
 import platform
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple, TextIO
 
 from nli.errors import StorageError
 
 LEASE_SECONDS = 10.0  # a worker that was not heard of for so long is taken for dead
+LOST_WORKER = ("lost_worker", "the worker that sent it died before an answer came")
 BATCH_OWNER = "batch:"  # owners of this prefix are jobs at the server, which outlive every process here
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS requests (
     key BLOB PRIMARY KEY, run TEXT, state TEXT, owner TEXT,
-    sends INTEGER DEFAULT 0, ambiguous_sends INTEGER DEFAULT 0, reserved INTEGER DEFAULT 0,
+    sends INTEGER DEFAULT 0, ambiguous_sends INTEGER DEFAULT 0, is_unsure INTEGER DEFAULT 0, reserved INTEGER DEFAULT 0,
     prompt_tokens INTEGER, completion_tokens INTEGER, cost INTEGER, reply INTEGER,
     repair BLOB, settled INTEGER DEFAULT 0, kind TEXT, problem TEXT, claimed_at REAL, sent_at REAL, ended_at REAL
 ) WITHOUT ROWID;
@@ -94,14 +99,14 @@ def encode_body(body: Mapping) -> bytes:
     return json.dumps(body, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _connect(path: Path, read_only: bool = False) -> sqlite3.Connection:
+def connect(path: Path) -> sqlite3.Connection:
     try:
-        uri = f"{path.as_uri()}{'?mode=ro' if read_only else ''}"
-        connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=30)
+        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
         connection.execute("PRAGMA cache_size=-8000")
-        if not read_only:
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        for statement in _SCHEMA.split(";"):  # each a transaction of its own, and none where the table is there
+            connection.execute(statement)
         return connection
     except sqlite3.Error as error:
         raise StorageError(f"{path}: the ledger cannot be opened ({error}). Give --ledger-dir a folder on a disk that this machine can write to.") from None
@@ -114,19 +119,13 @@ class Ledger:
         self.path = folder / "ledger.sqlite"
         self.lease_seconds = lease_seconds
         self._clock = clock
-        self._beats: dict[str, float] = {}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock_for_host(folder)
-        except OSError as error:
-            raise StorageError(f"{folder}: the ledger cannot be kept there ({error.strerror}).") from None
-        self._db = _connect(self.path)
-        try:
-            with _Transaction(self._db):
-                for statement in _SCHEMA.split(";"):
-                    self._db.execute(statement)
-        except sqlite3.Error as error:
-            raise StorageError(f"{self.path}: the ledger cannot be used ({error}); nothing in it was changed.") from None
+        self._beats: dict[str, float] = {}  # when an owner's beat was last written
+        self._heard: dict[str, float] = {}  # when the last commit ended that an owner took part in: a slow disk is no sign of its death
+        self._runs: set[str] = set()  # that have a row
+        self._changes: dict[str, Counter] = {}  # of runs' sums in this transaction
+        self._budgets: dict[str, tuple] = {}  # of runs, as this transaction found them
+        self._swept: dict[str, float] = {}  # when a run was last searched for the sends of dead owners
+        self._lock, self._db = _open(folder)
 
     def close(self) -> None:
         """Close the file. What was committed is on disk already."""
@@ -138,159 +137,249 @@ class Ledger:
 
         Operations, and their answers:
             ("claim", key, run, policy, parent)  ("go", sends) | ("done", reply, settled, repair) | ("wait",) another works on it | ("held", problem)
+            ("open", key, run, policy, parent, reserve)     claim and send in one: ("go", n), or else what claim or send answer
             ("send", key, n, reserve)            ("go",) | ("full",) ask again when calls have ended | ("over",) | ("halted", reason) | ("lost",)
             ("done", key, n, reply, num_prompt_tokens, num_completion_tokens, cost)                                                     ("ok",)
             ("fail", key, n, kind, problem, is_final)      the server answered, and did not bill                                        ("ok",)
             ("lose", key, n, kind, problem, is_final)      sent, and no answer came                                                     ("ok",)
             ("halt", run, reason)  no call of the run is sent any more                                                                  ("ok",)
             ("beat",)              the owner is alive                                                                                   ("ok",)
-        `parent` is the key of the request that this one repairs; `n` counts a request's sends from 1. Repeating an operation changes nothing.
+        `parent` is the key of the request that this one repairs; `n` counts a request's sends from 1. Repeating an operation changes nothing. What is said of
+        a request that the ledger lost or gave to another worker is answered with ("ok",) as well, and changes only what is still open.
         """
-        try:
-            with _Transaction(self._db):
-                now = self._clock()
-                answers = []
-                for owner, operations in batches:
-                    self._beat(owner, now)
-                    answers.append([_APPLY[operation[0]](self, owner, now, *operation[1:]) for operation in operations])
-                return answers
-        except sqlite3.Error as error:
-            raise StorageError(f"{self.path}: cannot be written ({error}). Free space or mend the disk; what was stored before is kept.") from None
+        with self._transaction():
+            now = self._clock()
+            for owner, _ in batches:  # before any operation: nobody in this batch is dead
+                self._beat(owner, now)
+            answers = [[_APPLY[operation[0]](self, owner, now, *operation[1:]) for operation in operations] for owner, operations in batches]
+        self._heard.update(dict.fromkeys((owner for owner, _ in batches), self._clock()))
+        return answers
 
     def begin_run(self, run: str, max_cost: int | None) -> Totals:
         """Open a run for sending, with its budget in nano-dollars; what dead workers left under way becomes ambiguous. Returns its sums so far."""
-        with _Transaction(self._db):
-            self._db.execute("INSERT OR IGNORE INTO runs (run) VALUES (?)", (run,))
+        with self._transaction():
+            self._open_run(run)
             self._db.execute("UPDATE runs SET max_cost = ?, halted = NULL WHERE run = ?", (max_cost, run))
             self._sweep(run, self._clock())
         return self.read_totals(run)
 
     def settle(self, keys: Iterable[bytes]) -> None:
         """Mark first replies as judged for good: a later parser reads them anew and asks for no repair."""
-        with _Transaction(self._db):
-            self._db.executemany("UPDATE requests SET settled = 1 WHERE key = ? AND state = 'done'", ((key,) for key in keys))
+        with self._transaction():
+            self._db.executemany("UPDATE requests SET settled = 1 WHERE key = ? AND state = 'done' AND settled = 0", ((key,) for key in keys))
 
     def read_totals(self, run: str) -> Totals:
         """A run's sums."""
-        return _read_totals(self._db, run)
+        return _read_totals(self._db, self.path, run)
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All of the block on disk when it ends, or nothing of it when it or the commit raises."""
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._write_sums()
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:  # SQLite itself has rolled back after some errors of the disk
+                    self._db.execute("ROLLBACK")
+                self._beats.clear()
+                self._runs.clear()
+                raise
+            finally:
+                self._changes.clear()
+                self._budgets.clear()
+        except sqlite3.Error as error:
+            raise StorageError(f"{self.path}: cannot be written ({error}). Free space or mend the disk; what was stored before is kept.") from None
 
     def _beat(self, owner: str, now: float) -> None:
-        if now - self._beats.get(owner, 0) > self.lease_seconds / 10:
+        if abs(now - self._beats.get(owner, 0)) > self.lease_seconds / 10:
             self._beats[owner] = now
             self._db.execute("INSERT OR REPLACE INTO owners VALUES (?, ?)", (owner, now))
 
     def _is_alive(self, owner: str, now: float) -> bool:
-        if owner.startswith(BATCH_OWNER):
+        # A beat far ahead of the clock is one from before the clock was set back.
+        if owner.startswith(BATCH_OWNER) or abs(now - self._heard.get(owner, -math.inf)) < self.lease_seconds:
             return True
         beat = self._db.execute("SELECT beat FROM owners WHERE owner = ?", (owner,)).fetchone()
-        return beat is not None and now - beat[0] < self.lease_seconds
+        return beat is not None and abs(now - beat[0]) < self.lease_seconds
+
+    def _open_run(self, run: str) -> None:
+        if run not in self._runs:
+            self._db.execute("INSERT OR IGNORE INTO runs (run) VALUES (?)", (run,))
+            self._runs.add(run)
 
     def _add(self, run: str, **amounts: int) -> None:
-        sums = ", ".join(f"{name} = {name} + ?" for name in amounts)
-        self._db.execute(f"UPDATE runs SET {sums} WHERE run = ?", (*amounts.values(), run))
+        """Change a run's sums; they are written once, when the transaction ends."""
+        changes = self._changes.setdefault(run, Counter())
+        for name, amount in amounts.items():
+            changes[name] += amount
+
+    def _write_sums(self) -> None:
+        for run, changes in self._changes.items():
+            sums = ", ".join(f"{name} = {name} + ?" for name in changes)
+            self._db.execute(f"UPDATE runs SET {sums} WHERE run = ?", (*changes.values(), run))
+        self._changes.clear()
+
+    def _read_budget(self, run: str) -> tuple[int | None, str | None, int, int]:
+        """(most cost, why the run is halted, spent, reserved) as they stand in this transaction."""
+        if run not in self._budgets:
+            self._budgets[run] = self._db.execute("SELECT max_cost, halted, cost + held, reserved FROM runs WHERE run = ?", (run,)).fetchone()
+        max_cost, halted, spent, reserved = self._budgets[run]
+        changes = self._changes.get(run, {})
+        return max_cost, halted, spent + changes.get("cost", 0) + changes.get("held", 0), reserved + changes.get("reserved", 0)
 
     def _sweep(self, run: str, now: float) -> None:
         """Make the sends of dead owners ambiguous, so that what they reserved counts as held and nobody waits for them."""
+        self._swept[run] = now
         for (owner,) in self._db.execute("SELECT DISTINCT owner FROM requests WHERE run = ? AND state = 'sent'", (run,)).fetchall():
             if not self._is_alive(owner, now):
                 rows = self._db.execute("SELECT key, reserved FROM requests WHERE run = ? AND state = 'sent' AND owner = ?", (run, owner)).fetchall()
                 for key, reserved in rows:
-                    self._mark_ambiguous(key, run, reserved, "lost_worker", "the worker that sent it died before an answer came", "ambiguous", now)
+                    self._mark_ambiguous(key, run, reserved, *LOST_WORKER, "ambiguous", now)
 
     def _mark_ambiguous(self, key: bytes, run: str, reserved: int, kind: str, problem: str, state: str, now: float) -> None:
+        """Count a send as one without answer. Its row keeps what was reserved, by which `_resolve` takes it back if an answer comes after all."""
         self._db.execute(
-            "UPDATE requests SET state = ?, kind = ?, problem = ?, reserved = 0, ambiguous_sends = ambiguous_sends + 1, ended_at = ? WHERE key = ?",
+            "UPDATE requests SET state = ?, kind = ?, problem = ?, is_unsure = 1, ambiguous_sends = ambiguous_sends + 1, ended_at = ? WHERE key = ?",
             (state, kind, problem, now, key),
         )
         self._add(run, reserved=-reserved, held=reserved, ambiguous_sends=1)
 
+    def _resolve(self, found: "_Found") -> None:
+        """Take back that the last send is one without answer."""
+        self._db.execute("UPDATE requests SET is_unsure = 0, ambiguous_sends = ambiguous_sends - 1, reserved = 0 WHERE key = ?", (found.key,))
+        self._add(found.run, held=-found.reserved, ambiguous_sends=-1)
+
+    def _find(self, key: bytes) -> "_Found | None":
+        row = self._db.execute(_FIND, (key,)).fetchone()
+        return _Found(*row) if row else None
+
     def _claim(self, owner: str, now: float, key: bytes, run: str, policy: str, parent: bytes | None) -> tuple:
         if parent is not None:
+            other = self._find_other_repair(parent, key)
+            if other is not None:
+                return ("done", _read_reply(self._db, other), False, None)  # another worker has had the parent repaired, by another reply of its own
             self._db.execute("UPDATE requests SET repair = ? WHERE key = ?", (key, parent))
-        found = self._db.execute(
-            "SELECT state, owner, sends, reserved, run, problem, settled, repair, reply FROM requests WHERE key = ?", (key,)
-        ).fetchone()
-        if found is None:
-            self._db.execute(
-                "INSERT INTO requests (key, run, state, owner, claimed_at) VALUES (?, ?, 'claimed', ?, ?)", (key, run, owner, now)
-            )
-            if parent is not None:
-                self._add(run, repairs=1)
+        insert = "INSERT OR IGNORE INTO requests (key, run, state, owner, claimed_at) VALUES (?, ?, 'claimed', ?, ?)"
+        if self._db.execute(insert, (key, run, owner, now)).rowcount:
+            self._open_run(run)
+            self._add(run, repairs=int(parent is not None))
             return ("go", 0)
-        state, holder, sends, reserved, first_run, problem, settled, repair, reply = found
-        if state == "done":
-            return ("done", _read_reply(self._db, reply), bool(settled), repair)
-        if state in ("claimed", "sent") and holder != owner and self._is_alive(holder, now):
+        found = self._find(key)
+        if found.state == "done":
+            return ("done", _read_reply(self._db, found.reply), bool(found.settled), found.repair)
+        if found.state in ("claimed", "sent") and found.owner != owner and self._is_alive(found.owner, now):
             return ("wait",)
-        if state == "sent":
-            problem = "the worker that sent it died before an answer came"
-            self._mark_ambiguous(key, first_run, reserved, "lost_worker", problem, "ambiguous", now)
-            state = "ambiguous"
-        if state == "ambiguous" and policy == "hold":
-            return ("held", problem)
-        if state == "failed":
-            self._add(first_run, failed=-1)
+        if found.state == "sent":
+            self._mark_ambiguous(key, found.run, found.reserved, *LOST_WORKER, "ambiguous", now)
+            found = self._find(key)
+        if found.state == "failed":
+            self._add(found.run, failed=-1)
+        if found.is_unsure and policy == "hold":
+            self._db.execute("UPDATE requests SET state = 'ambiguous' WHERE key = ?", (key,))
+            return ("held", found.problem)
+        if found.run != run:
+            # What the last send may have cost stays with its run, whatever becomes of it.
+            self._open_run(run)
+            self._db.execute("UPDATE requests SET is_unsure = 0, reserved = 0 WHERE key = ?", (key,))
+            self._add(found.run, repairs=-int(parent is not None))
+            self._add(run, repairs=int(parent is not None))
         self._db.execute("UPDATE requests SET state = 'claimed', owner = ?, run = ?, claimed_at = ? WHERE key = ?", (owner, run, now, key))
-        return ("go", sends)
+        return ("go", found.sends)
+
+    def _find_other_repair(self, parent: bytes, key: bytes) -> int | None:
+        """The reply of a repair of `parent` other than `key`, if it has one."""
+        found = self._db.execute(
+            "SELECT r.reply FROM requests p JOIN requests r ON r.key = p.repair WHERE p.key = ? AND r.key != ? AND r.state = 'done'", (parent, key)
+        ).fetchone()
+        return found[0] if found else None
 
     def _send(self, owner: str, now: float, key: bytes, n: int, reserve: int) -> tuple:
-        found = self._db.execute("SELECT state, owner, sends, run FROM requests WHERE key = ?", (key,)).fetchone()
-        if found is None or found[1] != owner or found[0] not in ("claimed", "sent"):
+        found = self._find(key)
+        if found is None or found.owner != owner or found.state not in ("claimed", "sent"):
             return ("lost",)
-        state, _, sends, run = found
-        if state == "sent":
-            return ("go",) if sends == n else ("lost",)
-        max_cost, halted, spent, reserved = self._db.execute("SELECT max_cost, halted, cost + held, reserved FROM runs WHERE run = ?", (run,)).fetchone()
+        if found.state == "sent":
+            return ("go",) if found.sends == n else ("lost",)
+        if n != found.sends + 1:
+            return ("lost",)
+        max_cost, halted, spent, reserved = self._read_budget(found.run)
         if halted is not None:
             return ("halted", halted)
         if max_cost is not None and spent + reserved + reserve > max_cost:
-            if reserved > 0:
-                self._sweep(run, now)
+            if reserved > 0 and now - self._swept.get(found.run, -math.inf) > self.lease_seconds / 10:
+                self._sweep(found.run, now)
             return ("full",) if reserved > 0 else ("over",)
-        self._db.execute("UPDATE requests SET state = 'sent', sends = ?, reserved = ?, sent_at = ? WHERE key = ?", (n, reserve, now, key))
-        self._add(run, reserved=reserve)
+        self._db.execute("UPDATE requests SET state = 'sent', sends = ?, is_unsure = 0, reserved = ?, sent_at = ? WHERE key = ?", (n, reserve, now, key))
+        self._add(found.run, reserved=reserve)
         return ("go",)
 
+    def _open(self, owner: str, now: float, key: bytes, run: str, policy: str, parent: bytes | None, reserve: int) -> tuple:
+        found = self._find(key)
+        if found is not None and found.state == "sent" and found.owner == owner:
+            return ("go", found.sends)  # repeated: a worker has one call of a request under way at most
+        claimed = self._claim(owner, now, key, run, policy, parent)
+        if claimed[0] != "go":
+            return claimed
+        n = claimed[1] + 1
+        sent = self._send(owner, now, key, n, reserve)
+        return ("go", n) if sent[0] == "go" else sent
+
     def _done(self, owner: str, now: float, key: bytes, n: int, reply: bytes, num_prompt_tokens: int, num_completion_tokens: int, cost: int) -> tuple:
-        state, holder, sends, reserved, run = self._db.execute("SELECT state, owner, sends, reserved, run FROM requests WHERE key = ?", (key,)).fetchone()
-        is_late = holder != owner or sends != n or state == "ambiguous"  # it was taken for lost, and counted as held then
-        if state == "done" or (is_late and state == "sent"):
-            return ("ok",)
+        found = self._find(key)
+        is_last = found is not None and found.sends == n
+        if found is None or found.state == "done" or (found.state == "sent" and not is_last):
+            return ("ok",)  # a send after this one is under way, and its reply will be kept
+        if found.state == "sent":
+            self._add(found.run, reserved=-found.reserved)
+        elif is_last and found.is_unsure:  # it was taken for lost
+            self._resolve(found)
+        elif not is_last or owner != found.owner:
+            cost = 0  # held where it was counted as lost
         reply_id = self._db.execute("INSERT INTO replies (body) VALUES (?)", (reply,)).lastrowid
         self._db.execute(
             "UPDATE requests SET state = 'done', owner = ?, reserved = 0, prompt_tokens = ?, completion_tokens = ?, cost = ?, reply = ?, kind = NULL,"
             " problem = NULL, ended_at = ? WHERE key = ?",
             (owner, num_prompt_tokens, num_completion_tokens, cost, reply_id, now, key),
         )
-        used = {"prompt_tokens": num_prompt_tokens, "completion_tokens": num_completion_tokens, "done": 1}
-        self._add(run, **used, cost=0 if is_late else cost, reserved=-reserved, failed=-(state == "failed"))
+        used = {"prompt_tokens": num_prompt_tokens, "completion_tokens": num_completion_tokens, "cost": cost}
+        self._add(found.run, done=1, failed=-(found.state == "failed"), **used)
         return ("ok",)
 
     def _fail(self, owner: str, now: float, key: bytes, n: int, kind: str, problem: str, is_final: bool) -> tuple:
-        state, holder, sends, reserved, run = self._db.execute("SELECT state, owner, sends, reserved, run FROM requests WHERE key = ?", (key,)).fetchone()
-        if holder != owner or state not in ("claimed", "sent") or (state == "sent" and sends != n):
+        found = self._find(key)
+        if found is None or found.owner != owner:
             return ("ok",)
-        self._db.execute(
-            "UPDATE requests SET state = ?, reserved = 0, kind = ?, problem = ?, ended_at = ? WHERE key = ?",
-            ("failed" if is_final else "claimed", kind, problem, now, key),
-        )
-        self._add(run, reserved=-reserved, failed=int(is_final))
+        is_unsent = found.state == "claimed" and is_final and n in (found.sends, found.sends + 1)  # given up: an earlier send stays what it is
+        if not is_unsent and (found.sends != n or found.state not in ("sent", "ambiguous")):
+            return ("ok",)
+        state = "failed" if is_final else "claimed"
+        self._db.execute("UPDATE requests SET state = ?, kind = ?, problem = ?, ended_at = ? WHERE key = ?", (state, kind, problem, now, key))
+        if found.state == "sent":
+            self._db.execute("UPDATE requests SET reserved = 0 WHERE key = ?", (key,))
+            self._add(found.run, reserved=-found.reserved)
+        elif found.state == "ambiguous":  # it was taken for lost
+            self._resolve(found)
+        self._add(found.run, failed=int(is_final))
         return ("ok",)
 
     def _lose(self, owner: str, now: float, key: bytes, n: int, kind: str, problem: str, is_final: bool) -> tuple:
-        state, holder, sends, reserved, run = self._db.execute("SELECT state, owner, sends, reserved, run FROM requests WHERE key = ?", (key,)).fetchone()
-        if holder == owner and state == "sent" and sends == n:
-            self._mark_ambiguous(key, run, reserved, kind, problem, "ambiguous" if is_final else "claimed", now)
+        found = self._find(key)
+        if found is not None and found.owner == owner and found.state == "sent" and found.sends == n:
+            self._mark_ambiguous(key, found.run, found.reserved, kind, problem, "ambiguous" if is_final else "claimed", now)
         return ("ok",)
 
     def _halt(self, owner: str, now: float, run: str, reason: str) -> tuple:
         self._db.execute("UPDATE runs SET halted = COALESCE(halted, ?) WHERE run = ?", (reason, run))
+        self._budgets.pop(run, None)
         return ("ok",)
 
 
 _APPLY: dict[str, Callable[..., tuple]] = {
     "claim": Ledger._claim,
     "send": Ledger._send,
+    "open": Ledger._open,
     "done": Ledger._done,
     "fail": Ledger._fail,
     "lose": Ledger._lose,
@@ -299,17 +388,23 @@ _APPLY: dict[str, Callable[..., tuple]] = {
 }
 
 
-class _Transaction:
-    """BEGIN IMMEDIATE … COMMIT, or ROLLBACK when the block raises."""
+class _Found(NamedTuple):
+    """A request's columns that decide what an operation does. `is_unsure`: the last send is counted in its run as one without answer."""
 
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
+    key: bytes
+    run: str
+    state: str
+    owner: str
+    sends: int
+    is_unsure: int
+    reserved: int
+    problem: str | None
+    settled: int
+    repair: bytes | None
+    reply: int | None
 
-    def __enter__(self) -> None:
-        self._db.execute("BEGIN IMMEDIATE")
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        self._db.execute("COMMIT" if kind is None else "ROLLBACK")
+_FIND = f"SELECT {', '.join(_Found._fields)} FROM requests WHERE key = ?"
 
 
 class LedgerReader:
@@ -319,30 +414,33 @@ class LedgerReader:
         self.path = folder / "ledger.sqlite"
         if not self.path.exists():
             raise StorageError(f"{self.path}: no ledger there.")
-        self._db = _connect(self.path)  # a reader of a WAL database needs to write its -shm file
+        self._lock, self._db = _open(folder)  # a reader of a WAL database writes its -shm file, and so must be of the same host
         self._db.execute("PRAGMA query_only=ON")
 
     def close(self) -> None:
         """Close the file."""
         self._db.close()
+        self._lock.close()
 
     def read_totals(self, run: str) -> Totals:
         """A run's sums."""
-        return _read_totals(self._db, run)
+        return _read_totals(self._db, self.path, run)
 
     def read_entries(self, keys: Sequence[bytes]) -> dict[bytes, tuple[Entry, bytes | None, bool]]:
         """(entry, key of its repair, whether it is settled) of each known key, at most some hundreds at a time."""
         marks = ",".join("?" * len(keys))
-        rows = self._db.execute(
-            "SELECT r.key, r.state, b.body, r.prompt_tokens, r.completion_tokens, r.kind, r.problem, r.repair, r.settled"
-            f" FROM requests r LEFT JOIN replies b ON b.id = r.reply WHERE r.key IN ({marks})",
-            list(keys),
-        )
+        with _reading(self.path):
+            rows = self._db.execute(
+                "SELECT r.key, r.state, b.body, r.prompt_tokens, r.completion_tokens, r.kind, r.problem, r.repair, r.settled"
+                f" FROM requests r LEFT JOIN replies b ON b.id = r.reply WHERE r.key IN ({marks})",
+                list(keys),
+            ).fetchall()
         return {row[0]: (Entry(*row[1:7]), row[7], bool(row[8])) for row in rows}
 
     def count_states(self, run: str) -> dict[str, int]:
         """How many of a run's requests are in which state."""
-        return dict(self._db.execute("SELECT state, COUNT(*) FROM requests WHERE run = ? GROUP BY state ORDER BY state", (run,)))
+        with _reading(self.path):
+            return dict(self._db.execute("SELECT state, COUNT(*) FROM requests WHERE run = ? GROUP BY state ORDER BY state", (run,)))
 
     def list_rows(self) -> Iterator[dict]:
         """Every request without its reply, for people and tests."""
@@ -351,9 +449,18 @@ class LedgerReader:
         return (dict(zip(names, row, strict=True)) for row in cursor)
 
 
-def _read_totals(db: sqlite3.Connection, run: str) -> Totals:
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise StorageError(f"{path}: cannot be read ({error}).") from None
+
+
+def _read_totals(db: sqlite3.Connection, path: Path, run: str) -> Totals:
     names = list(Totals.__dataclass_fields__)
-    found = db.execute(f"SELECT {', '.join(names)} FROM runs WHERE run = ?", (run,)).fetchone()
+    with _reading(path):
+        found = db.execute(f"SELECT {', '.join(names)} FROM runs WHERE run = ?", (run,)).fetchone()
     return Totals(*found) if found else Totals()
 
 
@@ -361,27 +468,45 @@ def _read_reply(db: sqlite3.Connection, reply_id: int) -> bytes:
     return db.execute("SELECT body FROM replies WHERE id = ?", (reply_id,)).fetchone()[0]
 
 
-def _lock_for_host(folder: Path):
+def _open(folder: Path) -> tuple[TextIO, sqlite3.Connection]:
+    """A folder's ledger, with the lock that keeps other hosts from it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock_for_host(folder)
+    except OSError as error:
+        raise StorageError(f"{folder}: the ledger cannot be kept there ({error.strerror}).") from None
+    try:
+        return lock, connect(folder / "ledger.sqlite")
+    except StorageError:
+        lock.close()
+        raise
+
+
+def _lock_for_host(folder: Path) -> TextIO:
     """A shared lock that all processes of one host can hold, and none of another."""
     file = open(folder / "host.lock", "a+", encoding="utf-8")  # noqa: SIM115  (held while the ledger is open)
-    me = platform.node()
-    try:
+    me = _this_host()
+    with contextlib.suppress(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.seek(0)
         file.truncate()
         file.write(me)
         file.flush()
-        fcntl.flock(file, fcntl.LOCK_SH)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip()
-        if holder and holder != me:
-            file.close()
-            raise StorageError(
-                f"{folder}: the ledger is in use on {holder}; run the job on that machine's cluster, or give another --ledger-dir."
-            ) from None
-        fcntl.flock(file, fcntl.LOCK_SH)
+    fcntl.flock(file, fcntl.LOCK_SH)  # not in one step with the lock before, so who holds the folder is read only now
+    file.seek(0)
+    holder = file.read().strip()
+    if holder.split(" ")[-1] != me.split(" ")[-1]:
+        file.close()
+        name = holder.split(" ")[0] or "another machine"
+        raise StorageError(f"{folder}: the ledger is in use on {name}; run the job on that machine's cluster, or give another --ledger-dir.")
     return file
+
+
+def _this_host() -> str:
+    """This machine's name, and what tells it from another of the same name: containers on one kernel share locks and memory, other machines do not."""
+    with contextlib.suppress(OSError):
+        return f"{platform.node()} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
+    return platform.node()
 
 
 def new_owner(name: str) -> str:

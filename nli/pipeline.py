@@ -1,7 +1,8 @@
 """All seven stages, from CSV files to a compared set of adapters.
 
 In:   train.csv, dev.csv, test.csv, a teacher's address and a base
-Out:  <output_dir>/data/original_thoughts/{train,dev,test}.jsonl     1 thoughts
+Out:  <output_dir>/data/ledger/                                      every request and raw reply of stages 1 and 2
+      <output_dir>/data/original_thoughts/{train,dev,test}.jsonl     1 thoughts
       <output_dir>/data/reflected_thoughts/{train,dev}.jsonl         2 reflections
       <output_dir>/data/finetune/{ablation}_{train,dev}.jsonl        3 SFT data
       <output_dir>/models/{ablation}/                                4 SFT
@@ -42,7 +43,7 @@ from nli.thoughts import GenerateThoughtsConfig
 class PipelineConfig:
     """Run all stages.
 
-    The pipeline sets the stages' files, base_url, base_model, storage_root and gpu (from train); every other field of their own configs counts.
+    The pipeline sets the stages' files, ledger, base_url, base_model, storage_root and gpu (from train); every other field of their own configs counts.
     """
 
     output_dir: str = "results/sample-pipeline"
@@ -75,6 +76,8 @@ class PipelineConfig:
             raise ConfigError("ablations needs at least one, each once.")
         if self.train.preflight:
             raise ConfigError("preflight looks at one training run: use train_sft --preflight.")
+        if self.thoughts.dry_run or self.reflections.dry_run:
+            raise ConfigError("dry_run is for generate_thoughts and generate_reflections; a pipeline goes on with what they make.")
         if self.thoughts.max_rows != self.inference.max_rows:
             raise ConfigError(
                 f"thoughts.max_rows {self.thoughts.max_rows} and inference.max_rows {self.inference.max_rows} differ, "
@@ -137,14 +140,15 @@ def check(config: PipelineConfig, root: Path) -> None:
 
 def generate(config: PipelineConfig, root: Path) -> None:
     """Stages 1 and 2 for every split."""
+    shared = {"base_url": config.base_url, "ledger_dir": str(root / "data" / "ledger")}
     for split, csv in (("train", config.train_csv), ("dev", config.dev_csv), ("test", config.test_csv)):
         _heading(f"1 thoughts: {split}")
         answers = str(root / "data" / "original_thoughts" / f"{split}.jsonl")
-        thoughts.run(replace(config.thoughts, input_csv=csv, output_jsonl=answers, base_url=config.base_url))
+        thoughts.run(replace(config.thoughts, input_csv=csv, output_jsonl=answers, **shared))
     for split in ("train", "dev"):
         _heading(f"2 reflections: {split}")
         answers, reflected = (str(root / "data" / folder / f"{split}.jsonl") for folder in ("original_thoughts", "reflected_thoughts"))
-        reflections.run(replace(config.reflections, thoughts=answers, output_jsonl=reflected, base_url=config.base_url))
+        reflections.run(replace(config.reflections, thoughts=answers, output_jsonl=reflected, **shared))
 
 
 def prepare(config: PipelineConfig, root: Path) -> None:

@@ -38,6 +38,7 @@ from nli.training import read_workload
 
 _BAR = 40  # characters of the histogram's longest bar
 _BINS = 12  # at most
+_NO_ESTIMATE = "trained on the CPU: no estimate"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Report:
         return "\n".join(lines)
 
 
-def describe_run(config: TrainConfig, splits: Splits, table, output: Path, colour: bool = False) -> Report:
+def describe_run(config: TrainConfig, splits: Splits, table, output: Path, colour: bool = False, on_cpu: bool = False) -> Report:
     """The report of a run whose rows are tokenised in `table` (split, line, input_ids, labels, num_tokens). `colour` marks the preview for a terminal."""
     kept = {name: [] for name in NAMES}
     rows = table.select(["split", "line", "num_tokens"]).to_pylist()
@@ -75,7 +76,7 @@ def describe_run(config: TrainConfig, splits: Splits, table, output: Path, colou
         "tokens": describe_tokens(kept),
         "steps": [f"{steps} of {config.global_batch_size} rows, {steps_per_epoch} an epoch" + describe_evaluations(config, steps, steps_per_epoch)],
         "time": [describe_time(config, output, steps * config.global_batch_size * mean_tokens)],
-        "memory": [describe_memory(config, shape, max(kept["train"], default=0), mean_tokens)],
+        "memory": [_NO_ESTIMATE if on_cpu or config.use_gpu is False else describe_memory(config, shape, max(kept["train"], default=0), mean_tokens)],
         "disk": [f"{disk / 1e9:.2f} GB for checkpoints and adapter, {free_bytes(output) / 1e9:.1f} GB free at {nearest_folder(output)}"],
         "leakage": [describe_leakage(splits)],
         "preview": preview_row(config.base_model, splits, table, colour),
@@ -164,8 +165,6 @@ def describe_memory(config: TrainConfig, shape: Shape, longest: int, mean_tokens
     gpu = next(iter(list_gpus()), None)
     size = re.search(r"([\d.]+) MiB", gpu) if gpu else None
     limit = config.memory_limit_gb * GIB or (float(size[1]) * 2**20 if size else 0)
-    if config.use_gpu is False:
-        return "trained on the CPU: no estimate"
     step_tokens = math.ceil(mean_tokens * config.global_batch_size / config.num_workers)
     choice: Choice = choose(read_workload(config, shape), limit or 1024 * GIB, longest, step_tokens, config.activation_checkpointing, config.micro_batch_tokens)
     layers = f"micro-batches of up to {choice.micro_batch_tokens:,} tokens, {choice.recomputed_layers} of {shape.layers} layers recomputed"

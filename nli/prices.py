@@ -52,8 +52,10 @@ PRICES: dict[str, Price] = {
     "ministral-14b-2512": Price(0.20, 0.20),
     "mistral-small-2603": Price(0.15, 0.60),
     "open-mistral-nemo": Price(0.30, 0.30),
+    "open-mistral-nemo-2407": Price(0.30, 0.30),
     "mistral-large-2512": Price(0.50, 1.50),
     "mistral-large-4": Price(1.36, 4.18),
+    "mistral-medium-2604": Price(1.50, 7.50),
     "mistral-medium-3-5": Price(1.50, 7.50),
 }
 """Prices of PRICES_DATE from PRICES_SOURCE, by the model's exact name."""

@@ -1,6 +1,6 @@
 """One live line of a generation run: requests and tokens per minute, cost so far and at the end, time left.
 
-    thoughts:  62%|██████    | 1240/2000 rows, 1198 requests/min, 511k tokens/min, $0.081 of about $0.13, 38 s left
+thoughts:  62%|██████    | 1240/2000 rows, 1198 requests/min, 511k tokens/min, $0.081 of about $0.13, 38 s left
 """
 
 import sys

@@ -19,6 +19,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -67,6 +68,11 @@ class ReflectionReply(_Reply):
     predicted_label: int = Field(ge=0, le=1)
 
 
+@lru_cache
+def _schema_of(reply: type[BaseModel]) -> dict:
+    return reply.model_json_schema()
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt of the teacher: a system message, the row's fields that the user message shows, and the reply's shape."""
@@ -85,7 +91,7 @@ class Prompt:
     @property
     def reply_schema(self) -> dict:
         """JSON schema of the reply, in the form that `response_format={"type": "json_schema"}` carries."""
-        return self.reply.model_json_schema()
+        return _schema_of(self.reply)
 
     def render_messages(self, row: Mapping) -> list[dict[str, str]]:
         """Chat messages for one row: the system message and a user message of one titled field after another."""

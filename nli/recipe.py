@@ -74,6 +74,8 @@ class TrainConfig:
     """evaluations without a better one before training ends; 0: never"""
     watch_rows: CountOrZero = 64
     """labelled dev rows that the model answers at each evaluation, for accuracy, unparsed and EOS rates in the log; 0: none"""
+    watch_beside: bool | None = None
+    """answer them in a task of its own while training goes on; None: if a GPU is spare then; False: training waits, as it must for best_by accuracy"""
     best_by: Literal["eval_loss", "accuracy"] = "eval_loss"
     """what the best checkpoint has best, and early stopping looks at; accuracy is that over watch_rows"""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
@@ -117,6 +119,8 @@ class TrainConfig:
             raise ConfigError("parallel zero2 computes in bf16; leave compute_dtype at bf16, or use parallel ddp.")
         if self.best_by == "accuracy" and not self.watch_rows:
             raise ConfigError("best_by accuracy needs watch_rows, the dev rows that accuracy is taken over; give more than 0.")
+        if self.best_by == "accuracy" and self.watch_beside:
+            raise ConfigError("best_by accuracy needs each accuracy at its evaluation, and watch_beside lets training go on before it is there.")
         if self.gpu is not None and self.num_workers > 1:
             raise ConfigError(f"gpu {self.gpu} is one GPU and num_workers {self.num_workers} need one each; leave gpu out, or train with one worker.")
         if self.gpu is not None and self.use_gpu is False:
@@ -126,6 +130,6 @@ class TrainConfig:
 # What may differ between two attempts at the same run: places, hardware, and how much is logged or kept.
 FREE_FIELDS = {
     *("base_model", "train_file", "dev_file", "output_dir", "storage_root", "num_workers", "cpus_per_worker", "use_gpu", "gpu", "max_failures", "wandb"),
-    "preflight",
+    *("preflight", "watch_beside"),
     *("wandb_project", "log_steps", "keep_checkpoints", "per_device_batch_size", "micro_batch_tokens", "activation_checkpointing", "memory_limit_gb"),
 }

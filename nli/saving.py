@@ -6,9 +6,12 @@ While a checkpoint is written it is `models/reflected/.saving/checkpoint-6`; a k
 deleted only when the new one is in its place.
 """
 
+import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from nli.checkpoints import BEST_WEIGHTS, WEIGHTS, best_weights, find_newest_complete, flush_to_disk, list_checkpoints, mark_complete, read_trainer_state
@@ -40,6 +43,7 @@ class SealedCheckpoints:
             super()._save_checkpoint(model, trial)
             self.state.best_model_checkpoint = None  # it may be gone tomorrow; its weights are carried along
             if is_first:
+                self.state.save_to_json(str(aside / "trainer_state.json"))
                 self._carry_best(aside)
             _wait_for_all()  # every rank has written its part
             if is_first:
@@ -88,6 +92,19 @@ def is_failed_write(error: Exception) -> bool:
     if isinstance(error, RuntimeError):
         return "PytorchStreamWriter" in str(error) or "inline_container.cc" in str(error)
     return isinstance(error, OSError | SafetensorError | StorageError)
+
+
+@contextmanager
+def telling_of_a_full_disk(run_folder: Path) -> Iterator[None]:
+    """Raise StorageError where the block fails because a disk is full or a quota used up, wherever it wrote."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StorageError(
+            f"{error.filename or run_folder}: {error.strerror}. Free space and run the same command: it goes on from the newest checkpoint."
+        ) from None
 
 
 def find_start(run_folder: Path) -> Path | None:

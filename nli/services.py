@@ -2,12 +2,10 @@
 
     ledger = LedgerClient(post, new_owner("worker"))
     answer = await ledger.call("send", key, 1, 412_000)      # on disk when it returns; operations of many calls travel and are flushed together
-    limiter = LimiterClient(sync, "worker", num_workers=4)
-    number = await limiter.acquire(412)                      # returns when the call may go out
-    limiter.end(Ended(number, 371, "ok"))
+    limiter = LimiterClient(sync_with_actor(actor), "worker", limits, num_workers=4)
 
-`post` and `sync` lead to an object of this process (`GroupCommit.post`, `sync_locally`) or to an actor (`connect_ledger`, `connect_limiter`). Without its
-actor, a LedgerClient waits until it is back, since nothing may be sent unclaimed; a LimiterClient goes on with a small share of the limits.
+`post` leads to an object of this process (`GroupCommit.post`) or to an actor (`post_to_actor`). Without its actor, a LedgerClient waits until it is back,
+since nothing may be sent unclaimed; a LimiterClient (nli.limiter_client) goes on with a small share of the limits.
 """
 
 import asyncio
@@ -15,29 +13,31 @@ import contextlib
 import os
 import time
 import warnings
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
+from nli.chat_api import chat_url
 from nli.errors import NLIError, StorageError
 from nli.ledger import LEASE_SECONDS, Ledger, Operation
-from nli.limiter import LOOKAHEAD_SECONDS, AccountLimiter, Ended, Grants, Limits
+from nli.limiter import AccountLimiter, Ended, Grants, Limits
+from nli.limiter_client import Sync
 
 NAMESPACE = "nli"
-GATHER_SECONDS = 0.005  # operations that come within so long are flushed together; the contract is at most 0.05
+GATHER_SECONDS = 0.003  # operations that come within so long are flushed together; the contract is at most 0.05
 IDLE_SECONDS = 120.0  # an actor that nobody has called for so long ends; longer than the limiter's window
 LEDGER_PATIENCE_SECONDS = 120.0
+START_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between tries to start an actor
 HOLD_OFF_SECONDS = 3.0  # a new limiter waits so long for workers to leave their local shares
-FREE_SECONDS = 1.0  # how long a worker takes "no limit" for granted
 
 
 class Gatherer:
     """Collects items while the last flush runs, then flushes them together: one flush at a time, on one event loop."""
 
-    def __init__(self, flush: Callable[[list], Awaitable[list]]) -> None:
+    def __init__(self, flush: Callable[[list], Awaitable[list]], gather_seconds: float = GATHER_SECONDS) -> None:
         self._flush = flush
+        self._gather_seconds = gather_seconds
         self._waiting: list[tuple[object, asyncio.Future]] = []
         self._task: asyncio.Task | None = None
 
@@ -52,17 +52,17 @@ class Gatherer:
 
     async def _run(self) -> None:
         while self._waiting:
-            await asyncio.sleep(GATHER_SECONDS)
+            await asyncio.sleep(self._gather_seconds)
             taken, self._waiting = self._waiting, []
             try:
-                answers = await self._flush([item for item, _ in taken])
+                answers = list(zip(taken, await self._flush([item for item, _ in taken]), strict=True))
             except Exception as error:  # every waiter learns of it
                 for _, future in taken:
-                    if not future.cancelled():
+                    if not future.done():
                         future.set_exception(error)
                 continue
-            for (_, future), answer in zip(taken, answers, strict=True):
-                if not future.cancelled():
+            for (_, future), answer in answers:
+                if not future.done():
                     future.set_result(answer)
 
 
@@ -72,7 +72,7 @@ class GroupCommit:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
-        self._gatherer = Gatherer(self._commit)
+        self._gatherer = Gatherer(self._commit, gather_seconds=0)  # what workers post has been gathered already
 
     async def post(self, owner: str, operations: Sequence[Operation]) -> list[tuple]:
         """The answers to an owner's operations; they are on disk when it returns."""
@@ -80,7 +80,6 @@ class GroupCommit:
 
     async def _commit(self, posts: list) -> list:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self.ledger.commit, posts)
-
 
 
 class LedgerClient:
@@ -111,123 +110,18 @@ class LedgerClient:
     async def _beat(self) -> None:
         while self._num_open:
             await asyncio.sleep(LEASE_SECONDS / 5)
-            with contextlib.suppress(NLIError):  # whoever needs the ledger meets the error
+            with contextlib.suppress(Exception):  # whoever needs the ledger meets the error; this goes on, since the worker lives
                 await self.call("beat")
 
 
-class LimiterClient:
-    """One worker's way to the account's limiter. `sync` is an actor's; None for a limiter of this worker alone.
-
-    While `sync` fails, the worker keeps to 1/(2 x num_workers) of the limits by itself, and tries again every second.
-    """
-
-    def __init__(
-        self,
-        sync: Callable[..., Awaitable[tuple[Grants, float, Limits]]] | None,
-        worker: str,
-        limits: Limits,
-        num_workers: int = 1,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.worker = worker
-        self.failing_seconds = 0.0
-        self._sync = sync
-        self._version, self._limits = 0.0, limits
-        self._num_workers = num_workers
-        self._clock = clock
-        self._own = None if sync else AccountLimiter(limits, clock)
-        self._try_again_at = 0.0
-        self._wants: deque[tuple[int, asyncio.Future]] = deque()
-        self._ended: list[Ended] = []
-        self._free_until = 0.0
-        self._num_under_way = 0
-        self._wake = asyncio.Event()
-        self._task: asyncio.Task | None = None
-
-    async def acquire(self, most_tokens: int) -> int:
-        """Wait until a call of at most so many tokens may go out; returns the number to end it with."""
-        if self._clock() < self._free_until and not self._wants:
-            number = 0
-            self._start()
-        else:
-            future = asyncio.get_running_loop().create_future()
-            self._wants.append((most_tokens, future))
-            self._start()
-            number, delay = await future
-            if delay > 0:
-                await asyncio.sleep(delay)
-        self._num_under_way += 1
-        return number
-
-    def end(self, ended: Ended) -> None:
-        """Say how a call that `acquire` let go has ended."""
-        self._num_under_way -= 1
-        if ended.number or ended.ending != "ok":
-            self._ended.append(ended)
-        if ended.ending in ("limited", "failed"):
-            self._free_until = 0.0
-            self._wake.set()
-
-    def _start(self) -> None:
-        if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._run())
-        elif self._wants:
-            self._wake.set()
-
-    async def _run(self) -> None:
-        while self._wants or self._ended or self._num_under_way:
-            self._wake.clear()
-            wants = [tokens for tokens, _ in list(self._wants)[:64]]
-            ended, self._ended = self._ended, []
-            grants = await self._ask(wants, ended)
-            self.failing_seconds = grants.failing_seconds
-            if grants.is_free:
-                self._free_until = self._clock() + FREE_SECONDS
-                while self._wants:
-                    self._let_go(0, 0.0)
-                wait = FREE_SECONDS
-            else:
-                self._free_until = 0.0
-                for number, delay in zip(grants.numbers, grants.delays, strict=True):
-                    self._let_go(number, delay)
-                wait = min(1.0, max(0.02, grants.wait_seconds - LOOKAHEAD_SECONDS / 2)) if self._wants else 1.0
-            with contextlib.suppress(TimeoutError):
-                # A call that ends may make room for the next one, so it wakes this loop only when one waits.
-                await asyncio.wait_for(self._wake.wait(), wait)
-                await asyncio.sleep(0.01)
-
-    def _let_go(self, number: int, delay: float) -> None:
-        _, future = self._wants.popleft()
-        if not future.cancelled():
-            future.set_result((number, delay))
-
-    async def _ask(self, wants: list[int], ended: list[Ended]) -> Grants:
-        now = self._clock()
-        if self._sync is not None and now >= self._try_again_at:
-            try:
-                answer = await asyncio.wait_for(self._sync(self.worker, wants, ended, self._num_under_way, self._version, self._limits), 5.0)
-            except Exception:  # the actor died, or its node: whatever it is, the worker goes on by itself
-                self._try_again_at = now + 1.0
-                if self._own is None:
-                    self._own = AccountLimiter(self._share(), self._clock)
-            else:
-                grants, self._version, self._limits = answer
-                self._own = None
-                return grants
-        return self._own.sync(self.worker, wants, ended, self._num_under_way)
-
-    def _share(self) -> Limits:
-        part = 1 / (2 * self._num_workers)
-        limits = self._limits
-        in_flight = max(1, int(limits.max_in_flight * part)) if limits.max_in_flight else 0
-        return Limits(requests_per_minute=limits.requests_per_minute * part, tokens_per_minute=limits.tokens_per_minute * part, max_in_flight=in_flight)
-
-
 class _Service:
-    """What both actors have in common: they end when nobody has called them for IDLE_SECONDS."""
+    """What both actors have in common: they end when nobody has called them for a while."""
 
     _called_at = 0.0
     _watch: asyncio.Task | None = None
+
+    def __init__(self, idle_seconds: float) -> None:
+        self._idle_seconds = idle_seconds
 
     def _note_call(self) -> None:
         self._called_at = time.monotonic()
@@ -237,8 +131,8 @@ class _Service:
     async def _end_when_idle(self) -> None:
         import ray
 
-        while time.monotonic() - self._called_at < IDLE_SECONDS:
-            await asyncio.sleep(5)
+        while (rest := self._called_at + self._idle_seconds - time.monotonic()) > 0:
+            await asyncio.sleep(rest)
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
     async def process_id(self) -> int:
@@ -250,7 +144,8 @@ class _Service:
 class LedgerService(_Service):
     """Ray actor on the machine where the ledger lies."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, idle_seconds: float) -> None:
+        super().__init__(idle_seconds)
         self._commits = GroupCommit(Ledger(Path(folder)))
 
     async def post(self, owner: str, operations: Sequence[Operation]) -> list[tuple] | NLIError:
@@ -272,20 +167,26 @@ class LedgerService(_Service):
 class LimiterService(_Service):
     """Ray actor for one account: one server and one key."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, idle_seconds: float) -> None:
         import ray
 
+        super().__init__(idle_seconds)
         with warnings.catch_warnings(action="ignore"):  # of a deprecated call inside Ray's own property
             follows_another = ray.get_runtime_context().was_current_actor_reconstructed
-        self._limiter = AccountLimiter(limits, hold_off_seconds=HOLD_OFF_SECONDS if follows_another else 0.0)
+        self._hold_off = HOLD_OFF_SECONDS if follows_another else 0.0
+        self._limiter = AccountLimiter(limits, hold_off_seconds=self._hold_off)
         self._version = 0.0
 
-    async def sync(self, worker: str, wants: list[int], ended: list[Ended], num_under_way: int, version: float, limits: Limits):
+    async def sync(
+        self, worker: str, wants: list[int], ended: list[Ended], held: dict[int, int], num_free: int, num_unseen: int, version: float, limits: Limits
+    ) -> tuple[Grants, float, Limits]:
         """`AccountLimiter.sync`, and the limits in force with their version. A worker that knows newer ones (this actor may be a new one) brings them."""
         self._note_call()
+        if version > self._version and self._hold_off and not self._version:  # those of the one before were not those it was made with
+            self._limiter = AccountLimiter(limits, hold_off_seconds=self._hold_off)
         if version > self._version:
             self._version, self._limiter.limits = version, limits
-        return self._limiter.sync(worker, wants, ended, num_under_way), self._version, self._limiter.limits
+        return self._limiter.sync(worker, wants, ended, held, num_free, num_unseen), self._version, self._limiter.limits
 
     async def set_limits(self, limits: Limits) -> Limits:
         """Change the limits while jobs run; returns those before."""
@@ -303,9 +204,10 @@ class LimiterService(_Service):
 
 
 def account_name(base_url: str, api_key: str) -> str:
-    """The name of an account's limiter: its server, and a fingerprint of its key that the key cannot be found from."""
-    fingerprint = sha256(b"nli account\0" + base_url.encode() + b"\0" + api_key.encode()).hexdigest()[:12]
-    return f"limiter:{base_url}:{fingerprint}"
+    """The name of an account's limiter: its server, however its address is written, and a fingerprint of its key that the key cannot be found from."""
+    url = chat_url(base_url)
+    fingerprint = sha256(b"nli account\0" + url.encode() + b"\0" + api_key.encode()).hexdigest()[:12]
+    return f"limiter:{url}:{fingerprint}"
 
 
 def start_ledger_service(folder: Path):
@@ -315,14 +217,32 @@ def start_ledger_service(folder: Path):
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"name": f"ledger:{folder}", "scheduling_strategy": here, "max_task_retries": -1}
-    return ray.remote(LedgerService).options(**options, **_shared_options()).remote(str(folder))
+    return _start(lambda: ray.remote(LedgerService).options(**options, **_shared_options()).remote(str(folder), IDLE_SECONDS), f"the ledger in {folder}")
 
 
 def start_limiter_service(base_url: str, api_key: str, limits: Limits):
     """The limiter actor of an account; one that is there already is taken, with the limits that it has."""
     import ray
 
-    return ray.remote(LimiterService).options(name=account_name(base_url, api_key), max_task_retries=0, **_shared_options()).remote(limits)
+    options = {"name": account_name(base_url, api_key), "max_task_retries": 0}
+    return _start(lambda: ray.remote(LimiterService).options(**options, **_shared_options()).remote(limits, IDLE_SECONDS), f"the limiter of {base_url}")
+
+
+def _start(create: Callable[[], object], what: str):
+    """An actor that has answered: one that was about to end for idleness has noted this call, or is replaced."""
+    import ray
+
+    waits = iter(START_WAITS)
+    while True:
+        try:
+            actor = create()
+            ray.get(actor.process_id.remote())
+            return actor
+        except ray.exceptions.RayActorError as error:
+            wait = next(waits, None)
+            if wait is None:
+                raise StorageError(f"the process of {what} does not start: {str(error).strip().splitlines()[-1]}") from None
+            time.sleep(wait)
 
 
 def _shared_options() -> dict:
@@ -350,7 +270,7 @@ def post_to_actor(actor) -> Callable[[str, Sequence[Operation]], Awaitable[list[
     return post
 
 
-def sync_with_actor(actor) -> Callable[..., Awaitable[tuple[Grants, float, Limits]]]:
+def sync_with_actor(actor) -> Sync:
     """A `sync` for LimiterClient that goes to a LimiterService."""
 
     async def sync(*arguments: object) -> tuple[Grants, float, Limits]:

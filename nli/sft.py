@@ -166,7 +166,7 @@ def fit(plan: FitPlan, callbacks: Sequence = ()) -> dict:
     check_room(config, use_gpu)
     splits = read_splits(plan.inputs)
     tokenised, num_dropped = tokenise(plan, splits)  # before the manifest: what it refuses can be mended by another config
-    report = describe_run(config, splits, pq.read_table(tokenised), plan.output)
+    report = describe_run(config, splits, pq.read_table(tokenised), plan.output, on_cpu=not use_gpu)
     check_disk(report, plan.output)
     record = start_run(plan.output / "manifest.json", "sft", plan.identity, config, plan.inputs, has_work=has_work(plan.output))
     write_atomic(plan.output / "preflight.txt", report.render() + "\n")

@@ -20,6 +20,7 @@ from nli.errors import DataError, StorageError
 from nli.records import row_key
 
 STORAGE_ROOT_VARIABLE = "NLI_STORAGE_ROOT"
+_HALF_PAIR = "\\ud"  # how every escape of a surrogate begins, alone or in a pair
 
 
 def resolve_output(path: str, storage_root: str) -> Path:
@@ -130,7 +131,11 @@ def scan_jsonl(path: Path, record: type[BaseModel], faults: list[str]) -> Iterat
         try:
             row = json.loads(line)
             record.model_validate(row)
+            if _HALF_PAIR in line.lower():
+                dump_line(row).encode()
             yield number, row
+        except UnicodeEncodeError:
+            faults.append(f"{path}:{number}: half of a surrogate pair, which is no character and can be written nowhere")
         except json.JSONDecodeError as error:
             faults.append(f"{path}:{number}: not JSON ({error.msg} at character {error.pos + 1})")
         except ValidationError as error:

@@ -10,12 +10,13 @@ reply that cannot be read is asked for once more, with the fault named; what sti
 """
 
 import asyncio
-import contextlib
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -25,15 +26,17 @@ from nli.config import Count, CountOrZero, NonNegative, Positive, config_class
 from nli.errors import ConfigError, TeacherError
 from nli.ledger import Entry, LedgerReader, encode_body, request_key
 from nli.limiter import Ended, Limits
+from nli.limiter_client import LimiterClient
 from nli.parsing import Parsed, ParseStatus, parse_reply
 from nli.prices import Price, find_price, require_price
 from nli.prompts import Prompt
-from nli.services import LedgerClient, LimiterClient
+from nli.services import LedgerClient
 from nli.token_counts import bound_messages, load_token_counter
 
 MAX_WAIT_SECONDS = 60.0
 MOST_REFUSED = 20  # refused requests, and none answered, after which a worker gives up
 FULL_WAIT_SECONDS = 0.1  # between two tries to reserve money while calls under way hold it
+BUSY_WAIT_SECONDS = 1.0  # between two looks at a request that another worker is asking
 
 
 @config_class
@@ -60,6 +63,12 @@ class TeacherConfig:
     """how the server is told to answer in JSON: by the reply's schema, as any JSON object, or only by the prompt"""
     mode: Literal["online", "batch"] = "online"
     """one call for each request, or the server's Batch API: half the price, and hours instead of minutes"""
+    batch_max_requests: Count = 100_000
+    """most requests in one batch job; the vendor's documented limit is 100,000"""
+    batch_timeout_hours: Count = 24
+    """hours after which the server ends a batch job that is not done"""
+    batch_poll_seconds: Positive = 60
+    """longest wait between two looks at a batch job"""
     workers: Count = 4
     """actors that send requests"""
     requests_per_minute: NonNegative = 0
@@ -149,9 +158,14 @@ def settle_key_file(config: TeacherConfig) -> TeacherConfig:
 
 def build_body(config: TeacherConfig, prompt: Prompt, messages: Sequence[Mapping]) -> bytes:
     """The JSON of one request, as it is sent and hashed."""
+    return b'{"messages":' + encode_body(messages) + _encode_parameters(config, prompt)
+
+
+@lru_cache(maxsize=16)
+def _encode_parameters(config: TeacherConfig, prompt: Prompt) -> bytes:
+    """What all requests of a run share: the end of their JSON, from the comma after the messages."""
     body = {
         "model": config.model,
-        "messages": messages,
         "temperature": config.temperature,
         "max_tokens": config.max_tokens,
         "random_seed" if config.api == "mistral" else "seed": config.random_seed,
@@ -161,7 +175,7 @@ def build_body(config: TeacherConfig, prompt: Prompt, messages: Sequence[Mapping
     elif config.response_format == "json_schema":
         schema = {"name": prompt.reply.__name__, "schema": prompt.reply_schema, "strict": True}
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
-    return encode_body(body)
+    return b"," + encode_body(body)[1:]
 
 
 def first_key(config: TeacherConfig, prompt: Prompt, row: Mapping) -> bytes:
@@ -232,19 +246,21 @@ def read_outcomes(prompt: Prompt, reader: LedgerReader, keys: Sequence[bytes], r
     return outcomes
 
 
-@dataclass
-class Tally:
-    """What one worker did with its rows, for the console; the ledger's sums are the ones that count."""
+class _Slice:
+    """Rows that are asked about together."""
 
-    rows: int = 0
-    answered: int = 0
-    failed: int = 0
-    calls: int = 0
+    def __init__(self, num_rows: int) -> None:
+        self.failures: list[Exception] = []
+        self.finished = asyncio.Event()
+        self._num_left = num_rows
+        if not num_rows:
+            self.finished.set()
 
-    def __iadd__(self, other: "Tally") -> "Tally":
-        for name, value in asdict(other).items():
-            setattr(self, name, getattr(self, name) + value)
-        return self
+    def count_down(self) -> None:
+        """One row has ended."""
+        self._num_left -= 1
+        if not self._num_left:
+            self.finished.set()
 
 
 class Teacher:
@@ -254,15 +270,16 @@ class Teacher:
         self.config = config
         self.prompt = prompt
         self.run = run
-        self.tally = Tally()
         self._url = chat_url(config.base_url)
         self._client = ChatClient(config.base_url, api_key, config.timeout_seconds)
         self._price = config.price()
         self._ledger = ledger
         self._limiter = limiter
-        self._in_flight = asyncio.Semaphore(config.max_in_flight)
+        self._waiting: deque[tuple[Mapping, _Slice]] = deque()
+        self._askers: set[asyncio.Task] = set()
         self._random = random.Random()
-        self._open: dict[bytes, asyncio.Event] = {}
+        self._open: set[bytes] = set()
+        self._stopped: TeacherError | None = None
         self._num_refused = 0
         self._was_answered = False
         self._counter = load_token_counter(config.model, config.tokenizer) if config.tokens_per_minute else None
@@ -272,116 +289,122 @@ class Teacher:
         """Close the connections."""
         await self._client.close()
 
-    async def ask_all(self, rows: Sequence[Mapping]) -> Tally:
-        """Ask about rows side by side; what came of it is in the ledger. Raises TeacherError or StorageError when no further call can succeed."""
-        before = replace(self.tally)
+    async def ask_all(self, rows: Sequence[Mapping]) -> None:
+        """Ask about rows side by side; what came of it is in the ledger. Raises TeacherError or StorageError when no further call can succeed.
+
+        All calls of `ask_all` share one queue, so that one slice's last rows do not hold up the next slice's first.
+        """
+        piece = _Slice(len(rows))
+        self._waiting.extend((row, piece) for row in rows)
         with self._ledger.alive():
-            outcomes = await asyncio.gather(*(self.ask(row) for row in rows), return_exceptions=True)
-        failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-        unexpected = next((failure for failure in failures if not isinstance(failure, TeacherError)), None)
-        if unexpected is not None:
-            raise unexpected
+            while len(self._askers) < min(self.config.max_in_flight, len(self._waiting)):
+                asker = asyncio.get_running_loop().create_task(self._ask_waiting())
+                self._askers.add(asker)
+                asker.add_done_callback(self._askers.discard)
+            await piece.finished.wait()
+        failures = sorted(piece.failures, key=lambda failure: isinstance(failure, TeacherError))
         if failures:
             raise failures[0]
-        now = asdict(self.tally)
-        return Tally(**{name: now[name] - value for name, value in asdict(before).items()})
+
+    async def _ask_waiting(self) -> None:
+        while self._waiting:
+            row, piece = self._waiting.popleft()
+            try:
+                await self.ask(row)
+            except Exception as error:  # it belongs to whoever gave the row
+                piece.failures.append(error)
+            finally:
+                piece.count_down()
 
     async def ask(self, row: Mapping) -> None:
         """Ask about one row, with one repair when the first reply cannot be read."""
         messages = self.prompt.render_messages(row)
-        key, data, is_settled = await self._request(messages, None)
-        self.tally.rows += 1
-        if data is None:
-            self.tally.failed += 1
+        key, reply, is_settled = await self._request(messages, None)
+        if reply is None or is_settled or not self.config.repair_invalid:
             return
-        self.tally.answered += 1
-        if is_settled or not self.config.repair_invalid:
-            return
-        reply = read_reply(data)
         parsed = parse_reply(reply.text, self.prompt.reply, reply.finish_reason)
         if parsed.fields is None:
             await self._request(repair_messages(messages, reply, parsed.problem), key)
 
-    async def _request(self, messages: Sequence[Mapping], parent: bytes | None) -> tuple[bytes, bytes | None, bool]:
+    async def _request(self, messages: Sequence[Mapping], parent: bytes | None) -> tuple[bytes, Reply | None, bool]:
         """(key, reply or None, whether it is settled) of one request, which is sent only if the ledger has no reply."""
         body = build_body(self.config, self.prompt, messages)
         key = request_key(self._url, body, self.config.sample_index)
-        async with self._in_flight, self._alone(key):
-            while True:
-                answer = await self._ledger.call("claim", key, self.run, self.config.ambiguous, parent)
-                if answer[0] == "done":
-                    return key, answer[1], answer[2]
-                if answer[0] == "held":
-                    return key, None, False
-                if answer[0] == "go":
-                    data = await self._send_until_answered(key, body, answer[1], messages)
-                    if data != b"":
-                        return key, data, False
-                await asyncio.sleep(1.0)  # another worker is at it, or has just taken it over
-
-    @contextlib.asynccontextmanager
-    async def _alone(self, key: bytes) -> AsyncIterator[None]:
-        """One at a time for each key: to the ledger, two tasks of one worker are the same owner."""
-        while key in self._open:
-            await self._open[key].wait()
-        self._open[key] = asyncio.Event()
+        while key in self._open:  # to the ledger, two tasks of one worker are the same owner
+            await asyncio.sleep(0.05)
+        self._open.add(key)
         try:
-            yield
+            reply, is_settled = await self._send_until_answered(key, body, messages, parent)
+            return key, reply, is_settled
         finally:
-            self._open.pop(key).set()
+            self._open.discard(key)
 
-    async def _send_until_answered(self, key: bytes, body: bytes, num_sends: int, messages: Sequence[Mapping]) -> bytes | None:
-        """The reply after as many tries as the config allows; None when they all failed, b'' when the request became another worker's."""
+    async def _send_until_answered(self, key: bytes, body: bytes, messages: Sequence[Mapping], parent: bytes | None) -> tuple[Reply | None, bool]:
+        """(the reply or None, whether it is settled), after as many tries as the config allows."""
         config = self.config
-        most_prompt_tokens = self._most_tokens(messages)
+        most_prompt_tokens = self._schema_bytes + bound_messages(messages)
         likely_most = self._likely_most_tokens(messages, most_prompt_tokens) + config.max_tokens
         reserve = self._price.cost_nanodollars(most_prompt_tokens, config.max_tokens) if self._price else 0
-        attempt, n = 1, num_sends + 1
+        attempt = 1
         while True:
+            if self._stopped is not None:
+                raise self._stopped
             number = await self._limiter.acquire(likely_most)
+            data, reply, failure = None, None, None
             sent_at = time.monotonic()
-            answer = await self._ledger.call("send", key, n, reserve)
+            try:
+                answer = await self._ledger.call("open", key, self.run, config.ambiguous, parent, reserve)
+                if answer[0] == "go":
+                    number = await self._limiter.renew(number, likely_most)  # the ledger may have been away
+                    sent_at = time.monotonic()
+                    data, reply, failure = await self._call(body)
+            except BaseException:
+                self._limiter.end(Ended(number, likely_most, "unknown"))
+                raise
             if answer[0] != "go":
                 self._limiter.end(Ended(number, 0, "unknown"))
-                if answer[0] == "full":
-                    await asyncio.sleep(FULL_WAIT_SECONDS)
-                    continue
+                if answer[0] == "done":
+                    return read_reply(answer[1]), answer[2]
+                if answer[0] == "held":
+                    return None, False
                 await self._stop_if_no_call_may_go(answer)
-                return b""
-            self.tally.calls += 1
-            try:
-                data = await self._client.complete(body)
-            except TeacherError as error:
-                self._limiter.end(Ended(number, 0, "refused"))
-                await self._ledger.call("fail", key, n, "refused", str(error), False)
-                await self._ledger.call("halt", self.run, str(error))
-                raise
-            except CallFailed as error:
-                failure = error
-                used = likely_most if error.is_ambiguous else 0
-                ending = "limited" if error.kind == "http_429" else "failed" if error.retryable else "refused"
-                self._limiter.end(Ended(number, used, ending, time.monotonic() - sent_at, error.retry_after or 0.0))
-            else:
-                reply = read_reply(data)
-                num_prompt, num_completion = reply.num_prompt_tokens, reply.num_completion_tokens
-                self._limiter.end(Ended(number, (num_prompt or 0) + (num_completion or 0) or likely_most, "ok"))
-                is_counted = num_prompt is not None and num_completion is not None
+                await asyncio.sleep(FULL_WAIT_SECONDS if answer[0] == "full" else BUSY_WAIT_SECONDS)
+                continue
+            n = answer[1]
+            if reply is not None:
+                is_counted = reply.num_prompt_tokens is not None and reply.num_completion_tokens is not None
+                num_prompt, num_completion = reply.num_prompt_tokens or 0, reply.num_completion_tokens or 0
+                self._limiter.end(Ended(number, num_prompt + num_completion or likely_most, "ok"))
                 cost = self._price.cost_nanodollars(num_prompt, num_completion) if self._price and is_counted else reserve
-                await self._ledger.call("done", key, n, data, num_prompt or 0, num_completion or 0, cost)
+                await self._ledger.call("done", key, n, data, num_prompt, num_completion, cost)
                 self._was_answered = True
-                return data
-            is_last = not failure.retryable or attempt == config.max_attempts
-            if failure.is_ambiguous:
-                is_last = is_last or config.ambiguous == "hold"
-                await self._ledger.call("lose", key, n, failure.kind, str(failure), is_last)
-            else:
-                await self._ledger.call("fail", key, n, failure.kind, str(failure), is_last)
+                return reply, False
+            if isinstance(failure, TeacherError):
+                self._limiter.end(Ended(number, 0, "refused"))
+                await self._ledger.call("fail", key, n, "refused", str(failure), False)
+                await self._ledger.call("halt", self.run, str(failure))
+                raise failure
+            is_last = not failure.retryable or attempt == config.max_attempts or (failure.is_ambiguous and config.ambiguous == "hold")
+            ending = "limited" if failure.kind == "http_429" else "failed" if failure.retryable else "refused"
+            used = likely_most if failure.is_ambiguous else 0
+            self._limiter.end(Ended(number, used, ending, time.monotonic() - sent_at, failure.retry_after or 0.0))
+            await self._ledger.call("lose" if failure.is_ambiguous else "fail", key, n, failure.kind, str(failure), is_last)
             if is_last:
                 await self._give_up_if_hopeless(failure, attempt)
-                return None
+                return None, False
             wait = min(MAX_WAIT_SECONDS, 0.5 * 2 ** (attempt - 1)) * self._random.uniform(0.5, 1.5)
             await asyncio.sleep(max(wait, failure.retry_after or 0.0))
-            attempt, n = attempt + 1, n + 1
+            attempt += 1
+
+    async def _call(self, body: bytes) -> tuple[bytes | None, Reply | None, CallFailed | TeacherError | None]:
+        """(raw body, reply, None) of one call, or (None, None, why it failed)."""
+        try:
+            return *await self._client.complete(body), None
+        except CallFailed as error:
+            return None, None, error
+        except TeacherError as error:
+            self._stopped = error  # before another call can go out
+            return None, None, error
 
     async def _stop_if_no_call_may_go(self, answer: tuple) -> None:
         if answer[0] == "halted":
@@ -401,11 +424,6 @@ class Teacher:
         if reason:
             await self._ledger.call("halt", self.run, reason)
             raise TeacherError(reason)
-
-    def _most_tokens(self, messages: Sequence[Mapping]) -> int:
-        """An upper bound of a prompt's tokens."""
-        return self._schema_bytes + bound_messages(messages)
-
 
     def _likely_most_tokens(self, messages: Sequence[Mapping], bound: int) -> int:
         """What the limiter takes a prompt for: its real count and a tenth where the model's tokenizer is known, since the bound is several times that."""

@@ -16,6 +16,7 @@ A reply's JSON schema may be billed as well, by a text that only the vendor know
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from itertools import groupby
 from math import ceil
@@ -242,14 +243,14 @@ def _load_chat_template(folder: Path) -> Callable[[Messages], str] | None:
         raise TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.globals["raise_exception"] = refuse
+    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     values = {"add_generation_prompt": True, "tools": None, "documents": None}
     values |= {name: _content_of(settings.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     sample = [{"role": role, "content": "x"} for role in ("system", "user", "assistant", "user")]
     try:
         template = environment.from_string(text)
         template.render(messages=sample, **values)
-    except TemplateError:
+    except (TemplateError, TypeError, ValueError):
         return None
     return lambda messages: template.render(messages=messages, **values)
 

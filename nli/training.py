@@ -9,7 +9,6 @@ import importlib.util
 import json
 import logging
 import math
-import netrc
 import os
 import time
 from collections.abc import Mapping
@@ -24,15 +23,16 @@ from nli.kernels import speed_up
 from nli.memory import GIB, Choice, Shape, Workload, choose
 from nli.model import add_lora, keep_weights_in_evaluations, load_adapter_weights, load_base, quiet_libraries
 from nli.recipe import TrainConfig
-from nli.saving import SealedCheckpoints, find_start, read_best, save_adapter
-from nli.storage import dump_line, write_atomic
+from nli.saving import SealedCheckpoints, find_start, read_best, save_adapter, telling_of_a_full_disk
+from nli.storage import write_atomic
 from nli.tokenization import load_tokenizer
+from nli.tracking import build_reporter, choose_trackers
 from nli.trainer import build_trainer_class
+from nli.watch_beside import WatchBeside
 from nli.watching import WatchedEvaluations, read_watch
 
 if TYPE_CHECKING:
     import datasets
-    from transformers import TrainerCallback
     from trl import SFTTrainer
 
 # Gradients and optimizer state are split over the workers; DeepSpeed keeps the adapters' fp32 masters and computes in bf16.
@@ -44,8 +44,6 @@ ZERO2 = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": 1,
 }
-
-_SHOWN = ("loss", "eval_loss", "eval_accuracy", "eval_unparsed_rate", "eval_eos_rate", "grad_norm", "learning_rate", "tokens_per_second")  # on the console
 
 
 def train_worker(job: dict) -> None:
@@ -66,6 +64,8 @@ def train_worker(job: dict) -> None:
     trainer = build_trainer(config, output, job["tokenised"], device)
     if config.watch_rows:
         trainer.watch = read_watch(job["tokenised"], trainer.processing_class, config.watch_rows, config.max_length, config.seed)
+        if config.watch_beside is not False and config.best_by == "eval_loss":
+            trainer.beside = WatchBeside(config, job["tokenised"], job["use_gpu"])
     if context.get_world_rank() == 0:
         trainer.best_adapter = read_best(checkpoint)
     started = time.monotonic()
@@ -75,14 +75,17 @@ def train_worker(job: dict) -> None:
     else:
         gc.collect()
         gc.freeze()  # the collector would go through every module and weight while the GPU waits for its next kernel
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with telling_of_a_full_disk(output):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.log_watched(wait=True)
     state = trainer.state
     if context.get_world_rank() == 0:
         save_adapter(trainer, trainer.processing_class, output, trainer.best_adapter)
         write_card(output, config.base_model, config.quantization, config.compute_dtype, config.max_length)
         best = next((entry for entry in state.log_history if entry["step"] == state.best_global_step and "eval_loss" in entry), {})
         result = {"steps": state.global_step, "epochs": round(state.epoch, 3), "eval_loss": best.get("eval_loss")}
-        result |= {"accuracy": best["eval_accuracy"]} if "eval_accuracy" in best else {}
+        accuracy = best.get("eval_accuracy", (trainer.watched or {}).get(state.best_global_step, {}).get("accuracy"))
+        result |= {"accuracy": accuracy} if accuracy is not None else {}
         result |= {"train_seconds": round(time.monotonic() - started, 1), "best_checkpoint": f"checkpoint-{best['step']}" if best else None}
         result |= {"resumed_from": str(checkpoint or "")}
         write_atomic(output / "result.json", json.dumps(result) + "\n")
@@ -188,13 +191,6 @@ def build_arguments(config: TrainConfig, output: Path, use_gpu: bool, world_size
     if config.parallel == "zero2" and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("parallel zero2 needs DeepSpeed, which is not installed where the worker runs: pip install '.[zero]', or use parallel ddp.")
 
-    reports = ["tensorboard"]
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "tensorboard")
-    if config.wandb:
-        reports.append("wandb")
-        os.environ |= {"WANDB_PROJECT": config.wandb_project, "WANDB_DIR": str(output), "WANDB_RESUME": "allow"}
-        if not has_wandb_key():
-            os.environ.setdefault("WANDB_MODE", "offline")
     when = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": config.eval_steps, "save_steps": config.eval_steps}
     if not config.eval_steps:
         when = {"eval_strategy": "epoch", "save_strategy": "epoch"}
@@ -221,7 +217,7 @@ def build_arguments(config: TrainConfig, output: Path, use_gpu: bool, world_size
         greater_is_better=config.best_by == "accuracy",
         restore_callback_states_from_checkpoint=True,
         logging_steps=config.log_steps,
-        report_to=reports,
+        report_to=choose_trackers(config, output),
         disable_tqdm=True,
         seed=config.seed,
         data_seed=config.seed,
@@ -233,14 +229,6 @@ def build_arguments(config: TrainConfig, output: Path, use_gpu: bool, world_size
     )
 
 
-def has_wandb_key() -> bool:
-    """Whether this machine may log to W&B online: a key in the environment, or from `wandb login`."""
-    try:
-        return bool(os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators("api.wandb.ai"))
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
 def read_split(folder: str, split: str, max_length: int) -> "datasets.Dataset":
     """Tokenised rows of one split in the file's order, those over max_length left out."""
     import datasets
@@ -249,45 +237,6 @@ def read_split(folder: str, split: str, max_length: int) -> "datasets.Dataset":
 
     table = pq.read_table(folder, filters=(pc.field("split") == split) & (pc.field("num_tokens") <= max_length))
     return datasets.Dataset(table.sort_by("line").select(["input_ids", "labels"]).combine_chunks())
-
-
-def build_reporter(output: Path) -> "TrainerCallback":
-    """A callback that logs to log.jsonl and the console, and reports evaluations to Ray once their checkpoint is in its place."""
-    import ray.train
-    from transformers import TrainerCallback
-
-    class Reporter(TrainerCallback):
-        evaluation: dict | None = None
-
-        def on_train_begin(self, args, state, control, **kwargs):
-            if state.global_step and state.is_world_process_zero:
-                with open(output / "log.jsonl", "a", encoding="utf-8") as file:
-                    file.write(dump_line({"step": state.global_step, "resumed_from": f"checkpoint-{state.global_step}"}))
-                print(f"sft {output.name}: goes on from checkpoint-{state.global_step}", flush=True)
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if not state.is_world_process_zero or logs is None:
-                return
-            with open(output / "log.jsonl", "a", encoding="utf-8") as file:
-                finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in logs.items()}
-                file.write(dump_line({"step": state.global_step, **finite}))
-            shown = {name: logs[name] for name in _SHOWN if name in logs}
-            if shown:
-                values = ", ".join(f"{name} {float(value):.4g}" for name, value in shown.items())
-                print(f"sft {output.name}: step {state.global_step}/{state.max_steps}, {values}", flush=True)
-
-        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-            self.evaluation = {"step": state.global_step, "epoch": state.epoch, "eval_loss": metrics["eval_loss"]}
-            self.evaluation |= {"eval_accuracy": metrics["eval_accuracy"]} if "eval_accuracy" in metrics else {}
-            if not math.isfinite(metrics["eval_loss"]):
-                metrics["eval_loss"] = math.inf  # a NaN would stay the best loss for ever: no number is below it
-
-        def on_save(self, args, state, control, **kwargs):
-            if self.evaluation is not None:
-                ray.train.report(self.evaluation)
-                self.evaluation = None
-
-    return Reporter()
 
 
 def _broadcast(value):

@@ -5,7 +5,7 @@
 
 adds to an evaluation's metrics {"eval_accuracy": 0.906, "eval_precision": 0.91, "eval_recall": 0.9, "eval_f1": 0.905, "eval_unparsed_rate": 0.0,
 "eval_eos_rate": 1.0, "eval_watch_seconds": 21.4}. Decoding is greedy, an unread answer is wrong, precision, recall and F1 are means over both labels.
-Training waits meanwhile.
+Training waits meanwhile, unless `beside` finds a spare GPU (`nli.watch_beside`): then the figures come in later, with the step that they belong to.
 """
 
 import random
@@ -19,6 +19,8 @@ from nli.tokenization import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from nli.watch_beside import WatchBeside
 
 BATCH_ROWS = 32
 UNPARSED = -1  # as in nli.metrics
@@ -84,13 +86,20 @@ def read_watch(tokenised: str, tokenizer: "PreTrainedTokenizerBase", num_rows: i
 
 
 class WatchedEvaluations:
-    """For a transformers Trainer: how it evaluates."""
+    """For a transformers Trainer: how it evaluates. `watched` holds the figures that came in from beside, by step."""
 
     watch: Watch | None = None
+    beside: "WatchBeside | None" = None
+    watched: dict[int, dict[str, float]] | None = None
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self.watch is not None:
+        if self.watch is None:
+            return output
+        if self.beside is not None and _from_first_rank(self.is_world_process_zero() and self.beside.has_room()):
+            if self.is_world_process_zero():
+                self.beside.submit(self.state.global_step, self.model)
+        else:
             import torch
 
             started = time.perf_counter()
@@ -100,6 +109,30 @@ class WatchedEvaluations:
             figures = self.watch.score(_gather(answers)) | {"watch_seconds": round(time.perf_counter() - started, 2)}
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output
+
+    def log_watched(self, wait: bool = False) -> None:
+        """Rank 0: log what has come in from beside, to all places that this process logs to."""
+        if self.beside is None or not self.is_world_process_zero():
+            return
+        for step, figures in self.beside.collect(wait):
+            self.watched = (self.watched or {}) | {step: figures}
+            should_log = self.control.should_log  # `log` would gather from ranks that know nothing of it, and so would a forgotten flag
+            self.callback_handler.on_log(self.args, self.state, self.control, {"watch_step": step} | {f"eval_{name}": value for name, value in figures.items()})
+            self.control.should_log = should_log
+
+    def training_step(self, *args, **kwargs):
+        self.log_watched()
+        return super().training_step(*args, **kwargs)
+
+
+def _from_first_rank(value: bool) -> bool:
+    """Rank 0's value on every rank."""
+    import torch
+
+    box = [value]
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def _gather(answers: list) -> list:

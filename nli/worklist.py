@@ -8,6 +8,7 @@
 One SQLite file without durability: a run that is killed makes it anew.
 """
 
+import contextlib
 import json
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,13 +29,21 @@ class Worklist:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be written ({error.strerror}).") from None
+        with self._writing():
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        except (OSError, sqlite3.Error) as error:
-            raise StorageError(f"{path}: cannot be written ({error}).") from None
-        self._db.executescript(
-            "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-8000;"
-            "CREATE TABLE rows (n INTEGER PRIMARY KEY, row TEXT, key BLOB, row_key TEXT); CREATE TABLE pending (i INTEGER PRIMARY KEY, n INTEGER);"
-        )
+            self._db.executescript(
+                "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-8000;"
+                "CREATE TABLE rows (n INTEGER PRIMARY KEY, row TEXT, key BLOB, row_key TEXT); CREATE TABLE pending (i INTEGER PRIMARY KEY, n INTEGER);"
+            )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise StorageError(f"{self.path}: cannot be written ({error}). Free space, or set TMPDIR to a folder with more of it.") from None
 
     def __enter__(self) -> "Worklist":
         return self
@@ -44,18 +53,17 @@ class Worklist:
         self.path.unlink(missing_ok=True)
 
     def fill(self, rows: Iterable[tuple[Mapping, bytes]], source: Path) -> int:
-        """Store rows with the key of each one's request; returns how many. Raises DataError if two rows share id and pair, or there is no row."""
+        """Store rows with the key of each one's request; returns how many. Raises DataError if two rows share id and pair."""
         numbered = ((json.dumps(row, ensure_ascii=False), key, row_key(row)) for row, key in rows)
-        try:
-            while chunk := list(islice(numbered, CHUNK)):
+        while chunk := list(islice(numbered, CHUNK)):
+            with self._writing():
                 self._db.execute("BEGIN")
                 self._db.executemany("INSERT INTO rows (row, key, row_key) VALUES (?, ?, ?)", chunk)
                 self._db.execute("COMMIT")
+        with self._writing():
             self._db.execute("CREATE INDEX rows_by_key ON rows (key)")
             self._db.execute("CREATE INDEX rows_by_row_key ON rows (row_key)")
-        except sqlite3.Error as error:
-            raise StorageError(f"{self.path}: cannot be written ({error}). Free space or choose another output.") from None
-        repeated = self._db.execute("SELECT MAX(n), row FROM rows GROUP BY row_key HAVING COUNT(*) > 1 ORDER BY 1 LIMIT 1").fetchone()
+            repeated = self._db.execute("SELECT MAX(n), row FROM rows GROUP BY row_key HAVING COUNT(*) > 1 ORDER BY 1 LIMIT 1").fetchone()
         if repeated:
             raise DataError(f"{source}: row {repeated[0]} repeats the id {json.loads(repeated[1])['id']!r} and the pair of an earlier row; remove one of them.")
         return self._db.execute("SELECT COUNT(*) FROM rows").fetchone()[0]
@@ -68,11 +76,19 @@ class Worklist:
         """Put the first row of each request that is not done among the pending ones; returns how many they are."""
         requests = self._db.execute("SELECT MIN(n), key FROM rows GROUP BY key ORDER BY 1")
         writing = self._db.cursor()
-        writing.execute("DELETE FROM pending")
+        with self._writing():
+            writing.execute("DELETE FROM pending")
         while chunk := requests.fetchmany(CHUNK):
             done = are_done([key for _, key in chunk])
-            writing.executemany("INSERT INTO pending (n) VALUES (?)", [(n,) for n, key in chunk if key not in done])
+            with self._writing():
+                writing.executemany("INSERT INTO pending (n) VALUES (?)", [(n,) for n, key in chunk if key not in done])
         return self._db.execute("SELECT COUNT(*) FROM pending").fetchone()[0]
+
+    def iterate_pending_keys(self) -> Iterator[list[bytes]]:
+        """Chunks of the keys of pending rows."""
+        cursor = self._db.execute("SELECT key FROM pending JOIN rows USING (n) ORDER BY i")
+        while chunk := cursor.fetchmany(CHUNK):
+            yield [key for (key,) in chunk]
 
     def iterate(self) -> Iterator[list[tuple[dict, bytes]]]:
         """Chunks of (row, key), in input order."""

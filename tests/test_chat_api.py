@@ -25,7 +25,7 @@ def complete(*answers, timeout_seconds=5.0):
 
     async def use(server):
         async with ChatClient(server.base_url, KEY, timeout_seconds) as client:
-            return read_reply(await client.complete(DATA)), server
+            return (await client.complete(DATA))[1], server
 
     return with_server(answers, use)
 
@@ -190,7 +190,7 @@ def test_a_server_is_looked_for_without_a_call():
 def test_a_key_that_the_server_sends_back_is_not_in_what_is_kept():
     async def use(server):
         async with ChatClient(server.base_url, KEY, 5) as client:
-            return await client.complete(DATA)
+            return (await client.complete(DATA))[0]
 
     assert KEY.encode() not in with_server([Answer(text=f"your key is {KEY}")], use)
 
@@ -246,3 +246,19 @@ def test_a_key_that_is_no_header_is_refused_without_showing_it(no_key, monkeypat
     with pytest.raises(TeacherError, match="the API key holds characters that no key has") as caught:
         read_api_key(str(no_key / "key"))
     assert_no_key(caught.value)
+
+
+def test_half_of_a_surrogate_pair_in_a_reply_becomes_the_sign_for_no_character():
+    answer = read_reply(rb'{"choices": [{"message": {"content": "a \ud83d\udc15 b \ud83d c \udc15"}}]}')
+    assert answer.text == "a 🐕 b \ufffd c \ufffd"
+    assert answer.text.encode()
+
+
+def test_an_error_with_half_of_a_surrogate_pair_can_be_stored():
+    assert str(failure_of(Answer(status=400, body=r'{"message": "bad \ud83d"}'))) == "HTTP 400: bad \ufffd"
+
+
+@pytest.mark.parametrize("usage", [{"prompt_tokens": "12", "completion_tokens": -1}, {"prompt_tokens": None}, {}])
+def test_token_counts_that_are_none_are_unknown(usage):
+    answer = read_reply(encode_body({"choices": [{"message": {"content": "x"}}], "usage": usage}))
+    assert (answer.num_prompt_tokens, answer.num_completion_tokens) == (None, None)

@@ -1,5 +1,6 @@
 """Checkpoints survive kills, torn files and full disks: each run ends with the loss curve and the adapter of one that nothing disturbed, bit for bit."""
 
+import contextlib
 import functools
 import json
 import os
@@ -120,6 +121,16 @@ def test_the_log_loses_the_steps_that_are_made_again_and_a_torn_line(tmp_path):
     assert (tmp_path / "log.jsonl").read_text() == ""
 
 
+def test_a_disk_that_fills_up_under_a_log_is_told_and_other_errors_stay_what_they_are(tmp_path):
+    with (
+        pytest.raises(StorageError, match=rf"{tmp_path}: No space left on device. Free space and run the same command"),
+        saving.telling_of_a_full_disk(tmp_path),
+    ):
+        Path("/dev/full").write_text("a line")
+    with pytest.raises(FileNotFoundError), saving.telling_of_a_full_disk(tmp_path):
+        (tmp_path / "none").read_text()
+
+
 # with Ray
 
 
@@ -138,9 +149,9 @@ def config_of(files: dict[str, str], folder: Path, **values) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def undisturbed(ray_cluster, files, tmp_path_factory) -> Path:
-    """A run of nine steps with checkpoints after every two and at the end; the newest two stay."""
-    run_folder = sft.run(config_of(files, tmp_path_factory.mktemp("models") / "run"))
-    assert [path.name for path in saving.list_checkpoints(run_folder)] == ["checkpoint-8", "checkpoint-9"]
+    """A run of nine steps with checkpoints after every two and at the end, all kept."""
+    run_folder = sft.run(config_of(files, tmp_path_factory.mktemp("models") / "run", keep_checkpoints=9))
+    assert [path.name for path in saving.list_checkpoints(run_folder)] == [f"checkpoint-{step}" for step in (2, 4, 6, 8, 9)]
     return run_folder
 
 
@@ -151,7 +162,8 @@ def assert_same(run_folder: Path, undisturbed: Path, resumed_from: list[int]) ->
     assert (run_folder / WEIGHTS).read_bytes() == (undisturbed / WEIGHTS).read_bytes()
     assert [row["step"] for row in read_rows(run_folder / "log.jsonl") if "resumed_from" in row] == resumed_from
     assert [path for path in run_folder.iterdir() if path.name.startswith((saving.SAVING, saving.DELETING))] == []
-    assert [find_fault(path) for path in saving.list_checkpoints(run_folder)] == [None] * 2
+    assert [path.name for path in saving.list_checkpoints(run_folder)] == ["checkpoint-8", "checkpoint-9"]
+    assert [find_fault(path) for path in saving.list_checkpoints(run_folder)] == [None, None]
 
 
 def strike(monkeypatch, tmp_path: Path, **faults: int) -> None:
@@ -163,11 +175,11 @@ def strike(monkeypatch, tmp_path: Path, **faults: int) -> None:
 @pytest.mark.ray
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_run_whose_newest_checkpoint_is_damaged_loses_one_interval_and_nothing_else(files, undisturbed, tmp_path, damage):
-    run_folder = interrupt(undisturbed, tmp_path / "run", "checkpoint-8", "checkpoint-9")
-    damage(run_folder / "checkpoint-9" / "optimizer.pt")
+    run_folder = interrupt(undisturbed, tmp_path / "run", "checkpoint-6", "checkpoint-8")
+    damage(run_folder / "checkpoint-8" / "optimizer.pt")
     sft.run(config_of(files, run_folder))
-    assert (run_folder / "damaged-checkpoint-9").is_dir()
-    assert_same(run_folder, undisturbed, [8])
+    assert (run_folder / "damaged-checkpoint-8").is_dir()
+    assert_same(run_folder, undisturbed, [6])
 
 
 @pytest.mark.ray
@@ -194,14 +206,11 @@ def test_a_full_disk_at_a_save_is_named_and_the_same_command_goes_on(files, undi
 
 @pytest.mark.ray
 @pytest.mark.fault
-def test_the_oldest_kept_checkpoint_may_go_missing_even_if_it_was_the_best(files, undisturbed, tmp_path):
-    run_folder = interrupt(undisturbed, tmp_path / "run", "checkpoint-9")
-    state = json.loads((run_folder / "checkpoint-9/trainer_state.json").read_text())
-    assert state["best_global_step"] in (8, 9)
+def test_a_run_goes_on_from_the_newest_checkpoint_though_the_oldest_kept_one_is_gone(files, undisturbed, tmp_path):
+    run_folder = interrupt(undisturbed, tmp_path / "run", "checkpoint-6", "checkpoint-8")
+    shutil.rmtree(run_folder / "checkpoint-6")
     sft.run(config_of(files, run_folder))
-    assert (run_folder / WEIGHTS).read_bytes() == (undisturbed / WEIGHTS).read_bytes()
-    results = [json.loads((folder / "result.json").read_text()) for folder in (run_folder, undisturbed)]
-    assert results[0]["best_checkpoint"] == results[1]["best_checkpoint"]
+    assert_same(run_folder, undisturbed, [8])
 
 
 @pytest.mark.fault
@@ -220,10 +229,14 @@ def test_the_same_command_goes_on_after_its_driver_was_killed_and_adds_to_the_sa
             assert driver.poll() is None and time.monotonic() < deadline, (tmp_path / "first.log").read_text()
             time.sleep(0.02)
         family = psutil.Process(driver.pid).children(recursive=True)
+        working = []
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                working += [] if process.name() in ("ray::DashboardAgent", "ray::RuntimeEnvAgent") else [process]
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-    left = psutil.wait_procs(family, timeout=60)[1]
-    assert left == []
+    # Ray's agents notice a minute later; they hold no GPU and write no checkpoint
+    assert psutil.wait_procs(working, timeout=60)[1] == []
     assert json.loads((run_folder / "manifest.json").read_text())["status"] == "running"
     newest = int(saving.list_checkpoints(run_folder)[-1].name.removeprefix("checkpoint-"))
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240, check=False)

@@ -344,6 +344,7 @@ def test_the_report_is_one_page_with_pictures_that_fetches_and_runs_nothing(chec
     assert page.addresses == []
     assert "'<b>A & B</b>' / 'H'" in page.text
     assert "Data check: 1 fault, " in page.text
+    assert "●train thoughts" in page.text  # whose mark is whose
 
 
 def test_names_come_from_the_files_or_are_given():

@@ -5,11 +5,12 @@ python -m pytest tests/test_examples.py
 
 import csv
 import re
+import tracemalloc
 
 import pytest
 
 from nli.errors import DataError
-from nli.examples import is_labelled, read_examples, shared_premises
+from nli.examples import is_labelled, iterate_examples, read_examples, shared_premises
 from nli.records import Example
 from nli.storage import read_jsonl, write_csv, write_jsonl
 
@@ -205,6 +206,33 @@ def test_all_faults_of_a_file_are_named_at_once(refusal):
         "pairs.csv:6: 5 cells where the header has 4; quote a text that holds commas or newlines",
         "Mend these rows; nothing was started.",
     ]
+
+
+def test_ids_are_checked_for_repeats_in_little_memory_and_rows_come_one_by_one(pairs):
+    count = 10_000
+
+    def read(last_id):
+        pairs.write_text("id,premise,hypothesis,label\n" + "".join(f"row-{index},a,b,1\n" for index in range(count)) + f"{last_id},a,b,1\n")
+        tracemalloc.start()
+        try:
+            return sum(1 for _ in iterate_examples(pairs)), None
+        except DataError as error:
+            return str(error).replace(str(pairs), "pairs.csv"), tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert read("new") == (count + 1, None)
+    message, most = read("row-7")
+    assert message == f"pairs.csv:{count + 2}: id 'row-7' stands at line 9 already\nMend these rows; nothing was started."
+    assert most <= 100 * count  # a set of the ids alone takes more
+
+
+def test_rows_before_a_fault_are_given_and_none_after_it(pairs):
+    write(pairs, "premise,hypothesis,label\na,b,1\nc,d,7\ne,f,0\n")
+    given = []
+    with pytest.raises(DataError, match="label '7'"):
+        given.extend(row["premise"] for row in iterate_examples(pairs))
+    assert given == ["a"]
 
 
 def test_of_many_faults_ten_are_shown_and_the_rest_counted(refusal):

@@ -18,12 +18,12 @@ BANDS = {
     "words": {"errors", "prompts", "parsing", "records", "leaks"},
     "workbench": {
         *("config", "recipe", "storage", "examples", "runs", "cluster", "metrics", "figures", "report", "row_checks", "check_report"),
-        *("chat_api", "ledger", "limiter", "services", "worklist", "prices", "token_counts"),
-        *("teacher", "progress", "estimates", "generation", "batch_api"),
+        *("chat_api", "ledger", "limiter", "limiter_client", "services", "worklist", "prices", "token_counts"),
+        *("teacher", "progress", "estimates", "generation", "batch_api", "batch_client", "batch_store", "batch_mode"),
     },
     "model": {
-        *("tokenization", "model", "checkpoints", "engines", "saving", "preflight", "preflight_report", "watching"),
-        *("memory", "attention", "batches", "kernels", "trainer", "training"),
+        *("tokenization", "model", "checkpoints", "engines", "saving", "preflight", "preflight_report", "watching", "watch_beside"),
+        *("memory", "attention", "batches", "kernels", "trainer", "tracking", "training"),
     },
     "stages": {"thoughts", "reflections", "sft_data", "sft", "sweep", "export", "inference", "evaluation", "data_checks", "pipeline"},
 }

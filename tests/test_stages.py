@@ -51,9 +51,7 @@ def sft_files(ray_cluster, teacher_url, tmp_path_factory) -> dict[str, str]:
     files = {}
     for split in ("train", "dev"):
         answers = thoughts.run(think(teacher_url, folder, input_csv=str(REPOSITORY / f"data/sample/{split}.csv"), output_jsonl=str(folder / f"{split}.jsonl")))
-        reflected = reflections.run(
-            reflect(teacher_url, folder, thoughts=str(answers), output_jsonl=str(folder / f"r_{split}.jsonl"))
-        )
+        reflected = reflections.run(reflect(teacher_url, folder, thoughts=str(answers), output_jsonl=str(folder / f"r_{split}.jsonl")))
         for ablation in ("correct_only", "reflected"):
             source = {"reflections": str(reflected)} if ablation == "reflected" else {}
             files[f"{ablation}_{split}"] = str(folder / f"{ablation}_{split}.jsonl")
@@ -130,9 +128,7 @@ def test_reflections_that_miss_the_true_label_or_betray_it_are_dead_letters_and_
     dead = read_rows(tmp_path / "r.dead_letters.jsonl")
     assert dead and {row["reason"] for row in dead} <= {"label_disagrees", "betrays_label", "no_json", "bad_json", "truncated", "missing_field"}
     assert all(row["reflected_label"] != row["true_label"] for row in dead if row["reason"] == "label_disagrees")
-    made = sft_data.run(
-        PrepareSFTDataConfig(thoughts=str(answers), reflections=str(output), ablation="reflected", output_jsonl=str(tmp_path / "train.jsonl"))
-    )
+    made = sft_data.run(PrepareSFTDataConfig(thoughts=str(answers), reflections=str(output), ablation="reflected", output_jsonl=str(tmp_path / "train.jsonl")))
     assert not {row["id"] for row in dead} & {row["id"] for row in read_rows(made)}
 
 

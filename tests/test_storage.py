@@ -13,7 +13,7 @@ import pytest
 
 from nli.errors import DataError, StorageError
 from nli.records import Example, row_key
-from nli.storage import RowFile, dump_line, read_jsonl, resolve_input, resolve_output, sha256_file, write_atomic, write_csv, write_jsonl
+from nli.storage import RowFile, dump_line, iterate_jsonl, read_jsonl, resolve_input, resolve_output, sha256_file, write_atomic, write_csv, write_jsonl
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -261,3 +261,18 @@ def test_finished_rows_that_the_input_lacks_now_are_kept_and_found_again(tmp_pat
     again.finish([example(0), example(1), example(2)])
     assert read_jsonl(path, Example) == [example(0), example(1), example(2)]
     assert [entry.name for entry in tmp_path.iterdir()] == ["thoughts.jsonl"]
+
+
+def test_rows_before_a_faulty_line_are_given_and_none_after_it(here):
+    (here / "rows.jsonl").write_text(dump_line(example(0)) + "[1]\n" + dump_line(example(2)) + "not JSON\n")
+    given = []
+    with pytest.raises(DataError) as caught:
+        given.extend(row["id"] for row in iterate_jsonl(here / "rows.jsonl", Example))
+    assert given == ["0"]
+    assert ":2: the line: " in str(caught.value) and ":4: not JSON" in str(caught.value)
+
+
+def test_half_of_a_surrogate_pair_is_refused_with_its_line(here):
+    (here / "rows.jsonl").write_text(json.dumps(example(0, "whole 🐕 犬")) + "\n" + json.dumps(example(1) | {"note": "half \ud83d"}) + "\n")
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: half of a surrogate pair"):
+        read_jsonl(here / "rows.jsonl", Example)

@@ -14,9 +14,10 @@ from nli import errors
 from nli.chat_api import chat_url
 from nli.errors import ConfigError, NLIError, TeacherError
 from nli.ledger import Ledger, LedgerReader
+from nli.limiter_client import LimiterClient
 from nli.parsing import Parsed, ParseStatus
 from nli.prompts import TEACHER_PROMPTS
-from nli.services import GroupCommit, LedgerClient, LimiterClient
+from nli.services import GroupCommit, LedgerClient
 from nli.teacher import Teacher, TeacherConfig, check_teacher, describe_requests, first_key, read_outcomes
 
 PROMPT = TEACHER_PROMPTS["initial_generation"]
@@ -331,7 +332,9 @@ def test_a_run_that_ended_before_its_repair_asks_for_the_repair_alone(ask):
     assert server.calls[0]["messages"][2]["content"] == "I think so."
 
 
-@pytest.mark.parametrize(("broken", "kind"), [(Answer(hang_up=True), "reset"), (Answer(body="not JSON"), "no_completion"), (Answer(delay_seconds=9), "timeout")])
+@pytest.mark.parametrize(
+    ("broken", "kind"), [(Answer(hang_up=True), "reset"), (Answer(body="not JSON"), "no_completion"), (Answer(delay_seconds=9), "timeout")]
+)
 def test_a_call_without_answer_is_ambiguous_and_asked_again_or_held_as_the_config_says(ask, waits, folder, broken, kind):
     held, server = ask(broken, timeout_seconds=0.2, ambiguous="hold", max_cost=1.0)
     assert (held[0].status, len(server.calls), server.states, server.totals.ambiguous_sends) == ("request_failed", 1, {"ambiguous": 1}, 1)

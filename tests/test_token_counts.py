@@ -152,7 +152,7 @@ def test_a_hugging_face_folder_counts_by_its_own_chat_template(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(TINY_BASE) / name, tmp_path / name)
     template = (
-        "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}[INST] {{ message.content }}[/INST]"
+        "{{ bos_token }}{{ strftime_now('%Y') }}{% for message in messages %}{% if message.role == 'user' %}[INST] {{ message.content }}[/INST]"
         "{% else %} {{ message.content }}{{ eos_token if message.role == 'assistant' }}{% endif %}{% endfor %}"
     )
     (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nli import sft, sweep, training
+from nli import sft, sweep, tracking, training
 from nli.checkpoints import describe_model, fingerprint_tokenizer, mark_complete
 from nli.errors import ConfigError, DataError, ModelError, NLIError, ResumeError, StorageError
 from nli.sft import FitPlan, TrainConfig
@@ -247,7 +247,7 @@ def test_a_diverged_evaluation_is_null_in_the_log_and_never_the_best(tmp_path, m
 
     reported = []
     monkeypatch.setattr(ray.train, "report", reported.append)
-    reporter = training.build_reporter(tmp_path)
+    reporter = tracking.build_reporter(tmp_path)
     state = SimpleNamespace(is_world_process_zero=True, global_step=3, max_steps=6, epoch=1.0)
     reporter.on_log(None, state, None, logs={"eval_loss": math.nan, "eval_runtime": 1.5})
     assert read_rows(tmp_path / "log.jsonl") == [{"step": 3, "eval_loss": None, "eval_runtime": 1.5}]

@@ -105,6 +105,8 @@ def test_an_evaluation_without_a_watch_stays_as_it_is():
 def test_best_by_accuracy_needs_rows_to_take_it_over():
     with pytest.raises(ConfigError, match="best_by accuracy needs watch_rows"):
         TrainConfig(best_by="accuracy", watch_rows=0)
+    with pytest.raises(ConfigError, match="best_by accuracy needs each accuracy at its evaluation"):
+        TrainConfig(best_by="accuracy", watch_beside=True)
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +121,10 @@ def files(tmp_path_factory) -> dict[str, str]:
 @pytest.mark.ray
 def test_watching_changes_no_step_and_accuracy_can_choose_the_best_checkpoint(files, ray_cluster, tmp_path):
     unwatched = sft.run(config_of(files, tmp_path / "unwatched", max_steps=6, watch_rows=0))
-    watched = sft.run(config_of(files, tmp_path / "watched", max_steps=6, watch_rows=6, best_by="accuracy", num_workers=1))
+    watched = sft.run(config_of(files, tmp_path / "watched", max_steps=6, watch_rows=6, best_by="accuracy"))
+    beside = sft.run(config_of(files, tmp_path / "beside", max_steps=6, watch_rows=6, watch_beside=True))
     for name in ("loss", "grad_norm", "eval_loss"):
-        assert losses_by_step(watched, name) == losses_by_step(unwatched, name)
+        assert losses_by_step(watched, name) == losses_by_step(beside, name) == losses_by_step(unwatched, name)
     evaluations = [row for row in read_rows(watched / "log.jsonl") if "eval_loss" in row]
     assert [row["step"] for row in evaluations] == [2, 4, 6]
     for row in evaluations:
@@ -129,4 +132,9 @@ def test_watching_changes_no_step_and_accuracy_can_choose_the_best_checkpoint(fi
     best = max(evaluations, key=lambda row: row["eval_accuracy"])  # the first of equals
     result = json.loads((watched / "result.json").read_text())
     assert (result["best_checkpoint"], result["accuracy"], result["eval_loss"]) == (f"checkpoint-{best['step']}", best["eval_accuracy"], best["eval_loss"])
+    answered = {row["watch_step"]: row for row in read_rows(beside / "log.jsonl") if "watch_step" in row}
+    figures = ("eval_accuracy", "eval_unparsed_rate", "eval_eos_rate")
+    assert {step: [row[name] for name in figures] for step, row in answered.items()} == {row["step"]: [row[name] for name in figures] for row in evaluations}
+    result = json.loads((beside / "result.json").read_text())
+    assert result["accuracy"] == answered[int(result["best_checkpoint"].removeprefix("checkpoint-"))]["eval_accuracy"]
     assert "accuracy" not in json.loads((unwatched / "result.json").read_text())
