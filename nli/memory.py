@@ -18,6 +18,7 @@ CONSTANT_BYTES = 0.17 * GIB
 MARGIN = 0.92  # of the limit is planned for: the allocator's gaps and the CUDA context take the rest
 LEAST_TOKENS = 2048  # a micro-batch below this pays more for dequantising than recompute would
 MOST_TOKENS = 32768  # above this a larger micro-batch gains nothing
+LONGEST_STEP = 1.2  # of the mean step's tokens: a step that is longer than the mean one need not be cut in two for it
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,13 @@ def activation_bytes(workload: Workload, tokens: int, recomputed_layers: int = 0
 def choose(workload: Workload, limit: float, longest: int, step_tokens: int, recompute: bool | Literal["auto"] = "auto", micro_batch_tokens: int = 0) -> Choice:
     """The largest micro-batch, and with "auto" the least recompute, that fit into `limit` bytes.
 
-    `longest` is the longest row, `step_tokens` what one worker has in a step: a micro-batch need be no larger. What is given as a number is kept. Where nothing
+    `longest` is the longest row, `step_tokens` what one worker has in a mean step: a micro-batch need be little larger. What is given as a number is kept. Where nothing
     fits, the smallest micro-batch with full recompute comes back: the caller compares its estimate with the limit.
     """
     layers = workload.shape.layers
     room = limit * MARGIN
     least = max(longest, min(LEAST_TOKENS, step_tokens))
-    most = max(least, min(MOST_TOKENS, step_tokens))
+    most = max(least, min(MOST_TOKENS, math.ceil(LONGEST_STEP * step_tokens)))
 
     def largest(recomputed: int) -> int:
         fixed, one = estimate(workload, 0, recomputed).total, estimate(workload, 1000, recomputed).activations / 1000

@@ -158,7 +158,7 @@ def plan_memory(config: TrainConfig, shape: Shape, device: str, longest: int, st
     limit = config.memory_limit_gb * GIB
     if not limit:
         limit = torch.cuda.get_device_properties(device).total_memory if device.startswith("cuda") else 1024 * GIB
-    recompute, tokens = config.activation_checkpointing, math.ceil(1.2 * step_tokens / config.num_workers)  # a step may be longer than the mean one
+    recompute, tokens = config.activation_checkpointing, math.ceil(step_tokens / config.num_workers)
     return choose(read_workload(config, shape), limit, longest, tokens, recompute, config.micro_batch_tokens)
 
 

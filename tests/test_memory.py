@@ -57,7 +57,7 @@ def test_what_the_config_says_is_kept():
     assert choose(workload(), 79 * GIB, 512, 24_000, recompute=True).recomputed_layers == 32
     assert choose(workload(), 6 * GIB, 512, 24_000, recompute=False).recomputed_layers == 0
     assert choose(workload(), 79 * GIB, 512, 24_000, micro_batch_tokens=1000).micro_batch_tokens == 1000
-    assert choose(workload(), 79 * GIB, 512, step_tokens=600).micro_batch_tokens == 600
+    assert choose(workload(), 79 * GIB, 512, step_tokens=1000).micro_batch_tokens == 1200
     nowhere = choose(workload(), 5 * GIB, 512, 24_000)
     assert (nowhere.recomputed_layers, nowhere.micro_batch_tokens) == (32, 512) and nowhere.estimate.total > 5 * GIB
 

@@ -180,8 +180,8 @@ def test_memory_is_held_against_the_gpu_or_the_limit_given(good, monkeypatch):
     monkeypatch.setattr(preflight_report, "list_gpus", lambda: ["NVIDIA RTX 4090, 24564 MiB"])
     text = describe(good, use_gpu=None).sections["memory"][0]
     assert " of 24.0 GiB (NVIDIA RTX 4090, 24564 MiB): micro-batches of up to" in text and "does not fit" not in text
-    text = describe(good, use_gpu=None, memory_limit_gb=0.5).sections["memory"][0]
-    assert " of 0.5 GiB (memory_limit_gb)" in text and "does not fit" in text
+    text = describe(good, use_gpu=None, memory_limit_gb=0.1).sections["memory"][0]
+    assert " of 0.1 GiB (memory_limit_gb)" in text and "does not fit" in text
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_refused(good, monkeypatch):
