@@ -134,8 +134,8 @@ def activation_bytes(workload: Workload, tokens: int, recomputed_layers: int = 0
 def choose(workload: Workload, limit: float, longest: int, step_tokens: int, recompute: bool | Literal["auto"] = "auto", micro_batch_tokens: int = 0) -> Choice:
     """The largest micro-batch, and with "auto" the least recompute, that fit into `limit` bytes.
 
-    `longest` is the longest row, `step_tokens` what one worker has in a mean step: a micro-batch need be little larger. What is given as a number is kept. Where nothing
-    fits, the smallest micro-batch with full recompute comes back: the caller compares its estimate with the limit.
+    `longest` is the longest row, `step_tokens` what one worker has in a mean step: a micro-batch need be little larger. What is given as a number is kept.
+    Where nothing fits, the smallest micro-batch with full recompute comes back: the caller compares its estimate with the limit.
     """
     layers = workload.shape.layers
     room = limit * MARGIN

@@ -106,7 +106,7 @@ def build_trainer(config: TrainConfig, output: Path, tokenised: str, device: str
     keep_weights_in_evaluations(model)
     model = add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.target_modules)
     fused = speed_up(model)
-    longest, step_tokens = max(map(len, train["input_ids"])), _mean_step_tokens(train, config)
+    longest, step_tokens = max(map(len, train["input_ids"])), math.ceil(_mean_step_tokens(train, config) / world_size)
     choice = _broadcast(plan_memory(config, Shape.of(model.config), device, longest, step_tokens))
     recompute_layers(model, choice.recomputed_layers)
     train_batches, dev_batches = (
@@ -151,15 +151,14 @@ def read_workload(config: TrainConfig, shape: Shape) -> Workload:
     )
 
 
-def plan_memory(config: TrainConfig, shape: Shape, device: str, longest: int, step_tokens: float) -> Choice:
+def plan_memory(config: TrainConfig, shape: Shape, device: str, longest: int, step_tokens: int) -> Choice:
     """The micro-batch and recompute for a device; on a CPU memory is no limit."""
     import torch
 
     limit = config.memory_limit_gb * GIB
     if not limit:
         limit = torch.cuda.get_device_properties(device).total_memory if device.startswith("cuda") else 1024 * GIB
-    recompute, tokens = config.activation_checkpointing, math.ceil(step_tokens / config.num_workers)
-    return choose(read_workload(config, shape), limit, longest, tokens, recompute, config.micro_batch_tokens)
+    return choose(read_workload(config, shape), limit, longest, step_tokens, config.activation_checkpointing, config.micro_batch_tokens)
 
 
 def _mean_step_tokens(rows: "datasets.Dataset", config: TrainConfig) -> float:

@@ -272,6 +272,16 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(files, adapter, tmp
 
 
 @pytest.mark.ray
+@pytest.mark.fault
+def test_a_run_resumed_with_another_number_of_workers_makes_the_same_steps(files, ray_cluster, tmp_path):
+    two = sft.run(train_config(files, tmp_path / "two", num_workers=2, lora_dropout=0.0))
+    one = sft.run(train_config(files, interrupt(two, tmp_path / "one", "checkpoint-3"), num_workers=1, lora_dropout=0.0))
+    assert json.loads((one / "result.json").read_text())["resumed_from"].endswith("checkpoint-3")
+    for name in ("loss", "grad_norm", "eval_loss"):
+        assert losses_by_step(one, name) == pytest.approx(losses_by_step(two, name), rel=1e-3)
+
+
+@pytest.mark.ray
 def test_a_run_killed_after_its_last_step_only_saves_its_best_adapter(files, adapter, tmp_path):
     folder = interrupt(adapter, tmp_path / "run", "checkpoint-3", "checkpoint-6")
     log = (folder / "log.jsonl").read_text()
