@@ -1,13 +1,16 @@
 """Folders of weights: which are complete, which was trained on what, and where the newest good checkpoint is.
 
 A run's folder `models/reflected/` holds the adapter (`adapter_model.safetensors`, `adapter_config.json`, tokenizer, `nli.json`) and `checkpoint-N/` folders,
-each with a `complete.json` that is written last:
+written aside by `nli.saving` and renamed when they are whole, each with a `complete.json`:
 
-    {"files": {"adapter_model.safetensors": {"bytes": 1184, "sha256": "5e…"}, "optimizer.pt": {…}, …}}
+    {"files": {"adapter_model.safetensors": {"bytes": 1184, "sha256": "5e…"}, "optimizer.pt": {…}, …}, "sha256": "c0…"}
 
-`nli.json` says what an adapter belongs to: the base and its fingerprint, the quantisation, the prompt.
+A checkpoint needs no other: it carries the best adapter up to its step, its own or a copy (`best_adapter.safetensors`).
+
+`nli.json` says what an adapter belongs to: the base and its fingerprint, the quantisation, the prompt. A merged model's says what was merged too.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,23 +24,40 @@ from nli.storage import sha256_file, write_atomic
 COMPLETE = "complete.json"
 CARD = "nli.json"
 WEIGHTS = "adapter_model.safetensors"
+BEST_WEIGHTS = "best_adapter.safetensors"
 _SAMPLED_BYTES = 1 << 16
 
 
 def mark_complete(folder: Path) -> None:
-    """Hash all files of a checkpoint into its `complete.json`."""
-    files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != COMPLETE
-    }
-    write_atomic(folder / COMPLETE, json.dumps({"files": files}, indent=2) + "\n")
+    """Flush all files of a checkpoint to the disk and hash them into its `complete.json`."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != COMPLETE:
+            flush_to_disk(path)
+            files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    write_atomic(folder / COMPLETE, json.dumps({"files": files, "sha256": _hash_list(files)}, indent=2) + "\n")
+
+
+def _hash_list(files: dict) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def flush_to_disk(path: Path) -> None:
+    """Have the disk hold a file's bytes, or a folder's names, before anything relies on them."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def find_fault(folder: Path) -> str | None:
     """Why a checkpoint cannot be used, or None if every file is as it was written."""
     try:
-        files = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["files"]
+        seal = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
+        files = seal["files"]
+        if seal["sha256"] != _hash_list(files):
+            return f"{COMPLETE} has changed since it was written"
     except FileNotFoundError:
         return f"no {COMPLETE}: its writing was cut short"
     except (ValueError, KeyError, TypeError):
@@ -54,37 +74,32 @@ def find_fault(folder: Path) -> str | None:
 
 
 def find_newest_complete(run_folder: Path) -> Path | None:
-    """The newest checkpoint that verifies. Newer ones that do not are renamed to `damaged-checkpoint-N`, with a message."""
-    checkpoints = sorted(_checkpoints(run_folder), key=_step, reverse=True)
-    for folder in checkpoints:
+    """The newest checkpoint that verifies. All that do not are renamed to `damaged-checkpoint-N`, with a message."""
+    whole = []
+    for folder in list_checkpoints(run_folder):
         fault = find_fault(folder)
         if fault is None:
-            return folder
+            whole.append(folder)
+            continue
         aside = folder.with_name(f"damaged-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
         print(f"{folder}: {fault}; set aside as {aside.name}", flush=True)
-    return None
+    return whole[-1] if whole else None
 
 
-def find_best(run_folder: Path, checkpoint: Path) -> Path | None:
-    """The checkpoint that had the best eval loss when `checkpoint` was written, where it lies now; None if there was no evaluation before it.
+def list_checkpoints(run_folder: Path) -> list[Path]:
+    """The checkpoint-N folders of a run, the newest last."""
+    found = [path for path in run_folder.glob("checkpoint-*") if path.is_dir() and path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
-    Raises ModelError if it is missing or does not verify: the best adapter would be lost, and another one pass for it.
-    """
-    step = read_trainer_state(checkpoint).get("best_global_step")
-    if not step:
+
+def best_weights(checkpoint: Path) -> Path | None:
+    """The file of the best adapter up to a checkpoint, which it carries itself; None if there was no evaluation before it."""
+    state = read_trainer_state(checkpoint)
+    if not state.get("best_global_step"):
         return None
-    best = run_folder / f"checkpoint-{step}"
-    check_best(best)
-    return best
-
-
-def check_best(best: Path) -> None:
-    """Raise ModelError if the checkpoint with the best eval loss is missing or damaged."""
-    fault = find_fault(best) if best.is_dir() else "no such folder"
-    if fault is not None:
-        raise ModelError(f"{best}: {fault}; it had the best eval loss of its run. Put it back, or move the newer checkpoints away to train again from before.")
+    return checkpoint / (WEIGHTS if state["best_global_step"] == state["global_step"] else BEST_WEIGHTS)
 
 
 def read_trainer_state(checkpoint: Path) -> dict:
@@ -100,14 +115,6 @@ def has_work(run_folder: Path) -> bool:
     """Whether a run's folder holds anything that training made: a log, a checkpoint or an adapter."""
     names = ("log.jsonl", WEIGHTS, "checkpoint-*", "damaged-checkpoint-*")
     return any(True for name in names for _ in run_folder.glob(name))
-
-
-def _checkpoints(run_folder: Path) -> list[Path]:
-    return [path for path in run_folder.glob("checkpoint-*") if path.is_dir() and path.name.removeprefix("checkpoint-").isdigit()]
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("checkpoint-"))
 
 
 def fingerprint_model(path: str) -> str:
@@ -176,6 +183,9 @@ def describe_model(path: str, base_model: str) -> tuple[str, str | None]:
             raise ModelError(f"{path}: no such model folder, and not a hub name such as mistralai/Mistral-7B-v0.3.")
         return path, None
     if (folder / "config.json").is_file():
+        card = json.loads((folder / CARD).read_text(encoding="utf-8")) if (folder / CARD).is_file() else None
+        if card is not None and card["prompt_sha256"] != student_prompt_sha256():
+            raise ModelError(f"{path}: the merged model was trained with another prompt than this version renders; its own stands in {CARD}.")
         return path, None
     if not is_adapter(path):
         runs = [str(path.parent) for path in folder.glob("*/adapter_config.json")][:3]
@@ -183,7 +193,7 @@ def describe_model(path: str, base_model: str) -> tuple[str, str | None]:
         raise ModelError(f"{path}: neither a model (config.json) nor an adapter (adapter_config.json).{hint}")
     if not (folder / WEIGHTS).is_file():
         raise ModelError(f"{path}: the adapter has no {WEIGHTS}; its training or copying was cut short.")
-    if folder in _checkpoints(folder.parent) and (folder / COMPLETE).is_file() and (fault := find_fault(folder)):
+    if folder in list_checkpoints(folder.parent) and (folder / COMPLETE).is_file() and (fault := find_fault(folder)):
         raise ModelError(f"{path}: {fault}; take another checkpoint.")
     card = read_card(folder)
     named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")

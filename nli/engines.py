@@ -9,10 +9,14 @@ Generation with a problem and no text; the others are answered.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from nli.errors import DataError
 from nli.model import ComputeDtype, Quantization, load_adapter, load_base
 from nli.tokenization import encode_prompt, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -65,26 +69,31 @@ class TransformersEngine:
     def _generate_batch(self, batch: list[list[int]]) -> list[Generation]:
         import torch
 
-        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        width = max(map(len, batch))
-        device = self.model.device
-        input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in batch], device=device)
-        attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch], device=device)
         with torch.inference_mode():
-            output = self.model.generate(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                max_new_tokens=self.max_new_tokens,
-                do_sample=False,
-                pad_token_id=pad,
-                eos_token_id=eos,
-            )
-        return [self._read(ids, completion) for ids, completion in zip(batch, output[:, width:].tolist(), strict=True)]
+            return generate_greedily(self.model, self.tokenizer, batch, self.max_new_tokens)
 
-    def _read(self, prompt_ids: list[int], completion: list[int]) -> Generation:
-        eos = self.tokenizer.eos_token_id
-        stopped = eos in completion
-        ids = completion[: completion.index(eos)] if stopped else completion
-        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        # Training joins prompt and completion by one space, which is not part of the answer.
-        return Generation(text.removeprefix(" "), "stop" if stopped else "length", len(prompt_ids), len(ids) + stopped)
+
+def generate_greedily(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch: list[list[int]], max_new_tokens: int) -> list[Generation]:
+    """Continue each list of token ids, padded on the left, until EOS or the limit."""
+    import torch
+
+    pad, width = tokenizer.pad_token_id, max(map(len, batch))
+    output = model.generate(
+        input_ids=torch.tensor([[pad] * (width - len(ids)) + ids for ids in batch], device=model.device),
+        attention_mask=torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch], device=model.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=pad,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return [_read_completion(tokenizer, ids, completion) for ids, completion in zip(batch, output[:, width:].tolist(), strict=True)]
+
+
+def _read_completion(tokenizer: "PreTrainedTokenizerBase", prompt_ids: list[int], completion: list[int]) -> Generation:
+    eos = tokenizer.eos_token_id
+    stopped = eos in completion
+    ids = completion[: completion.index(eos)] if stopped else completion
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    # Training joins prompt and completion by one space, which is not part of the answer.
+    return Generation(text.removeprefix(" "), "stop" if stopped else "length", len(prompt_ids), len(ids) + stopped)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-Quantization = Literal["nf4", "none"]
+Quantization = Literal["nf4", "int8", "none"]
 ComputeDtype = Literal["bf16", "fp32"]
 
 
@@ -50,22 +50,29 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def load_base(path: str, quantization: Quantization, compute_dtype: ComputeDtype, device: str) -> "PreTrainedModel":
-    """A causal LM on `device` ("cpu", "cuda:0", …), its linear layers in NF4 with double quantisation or unquantised. Raises ModelError."""
+def load_base(path: str, quantization: Quantization, compute_dtype: ComputeDtype, device: str, attention: str = "") -> "PreTrainedModel":
+    """A causal LM on `device` ("cpu", "cuda:0", …), its linear layers in NF4 with double quantisation, in 8 bits or unquantised. Raises ModelError.
+
+    `attention` is a name that transformers knows; empty: the fastest for padded batches.
+    """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quiet_libraries()
     dtype = torch_dtype(compute_dtype)
-    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    attention = choose_attention(device)
+    quantized = {
+        "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype),
+        "int8": BitsAndBytesConfig(load_in_8bit=True),
+        "none": None,
+    }[quantization]
+    attention = attention or choose_attention(device)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             device_map={"": device},
             attn_implementation=attention,
-            quantization_config=quantized if quantization == "nf4" else None,
+            quantization_config=quantized,
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{path}: the model cannot be loaded ({first_line(error)}).") from None

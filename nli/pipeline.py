@@ -74,6 +74,8 @@ class PipelineConfig:
     def __post_init__(self) -> None:
         if not self.ablations or len(set(self.ablations)) != len(self.ablations):
             raise ConfigError("ablations needs at least one, each once.")
+        if self.train.preflight:
+            raise ConfigError("preflight looks at one training run: use train_sft --preflight.")
         if self.thoughts.dry_run or self.reflections.dry_run:
             raise ConfigError("dry_run is for generate_thoughts and generate_reflections; a pipeline goes on with what they make.")
         if self.thoughts.max_rows != self.inference.max_rows:

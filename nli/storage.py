@@ -116,6 +116,15 @@ def read_jsonl(path: Path, record: type[BaseModel]) -> list[dict]:
 def iterate_jsonl(path: Path, record: type[BaseModel]) -> Iterator[dict]:
     """The same, row by row, for files that should not be held in memory. A faulty file raises at its end, or instead of its next row."""
     faults: list[str] = []
+    for _, row in scan_jsonl(path, record, faults):
+        if not faults:
+            yield row
+    if faults:
+        raise DataError(summarise_faults(faults, f"each line must be a JSON object with the fields of {record.__name__}"))
+
+
+def scan_jsonl(path: Path, record: type[BaseModel], faults: list[str]) -> Iterator[tuple[int, dict]]:
+    """Line numbers and good rows of a JSON Lines file; what is wrong with the others is added to `faults`. Raises DataError for an empty file."""
     num_rows = 0
     for number, line in _lines(path):
         num_rows += 1
@@ -124,8 +133,7 @@ def iterate_jsonl(path: Path, record: type[BaseModel]) -> Iterator[dict]:
             record.model_validate(row)
             if _HALF_PAIR in line.lower():
                 dump_line(row).encode()
-            if not faults:
-                yield row
+            yield number, row
         except UnicodeEncodeError:
             faults.append(f"{path}:{number}: half of a surrogate pair, which is no character and can be written nowhere")
         except json.JSONDecodeError as error:
@@ -134,8 +142,6 @@ def iterate_jsonl(path: Path, record: type[BaseModel]) -> Iterator[dict]:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"]) or "the line"
             faults.append(f"{path}:{number}: {name}: {first['msg'][0].lower()}{first['msg'][1:]}")
-    if faults:
-        raise DataError(summarise_faults(faults, f"each line must be a JSON object with the fields of {record.__name__}"))
     if not num_rows:
         raise DataError(f"{path}: the file is empty; the stage before it has made nothing.")
 

@@ -31,7 +31,7 @@ from nli.storage import resolve_output, write_atomic
 
 STOPPED = "stopped.json"
 _TRIAL_CPUS = 0.01  # a trial only drives its training workers, which reserve their own
-_NO_AXES = {"num_workers", "cpus_per_worker", "gpu", "max_failures", "log_steps", "keep_checkpoints"}  # they change no result
+_NO_AXES = {"num_workers", "cpus_per_worker", "gpu", "max_failures", "log_steps", "keep_checkpoints", "watch_rows"}  # they change no result
 
 
 @config_class
@@ -63,6 +63,8 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         parse_extra_axes(self.extra_axes)
+        if self.train.preflight:
+            raise ConfigError("preflight looks at one training run: use train_sft --preflight. A sweep checks all its trials before the first one starts.")
         if not (self.lora_rank and self.learning_rate and self.ablation):
             raise ConfigError("every axis needs at least one value.")
 

@@ -7,6 +7,7 @@ With Mistral's v3 tokenizer these are the ids of its own instruct encoding. BOS 
 completion and its EOS.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -79,6 +80,7 @@ def encode_example(tokenizer: "PreTrainedTokenizerBase", prompt: str, completion
     return TokenisedExample(ids, labels)
 
 
+@functools.lru_cache(maxsize=8)  # a vocabulary of control tokens takes longer to list than a row to encode
 def _special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
     return set(tokenizer.all_special_ids) | {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
 

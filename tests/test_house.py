@@ -17,12 +17,15 @@ ROOT = Path(__file__).resolve().parent.parent
 BANDS = {
     "words": {"errors", "prompts", "parsing", "records", "leaks"},
     "workbench": {
-        *("config", "storage", "examples", "runs", "cluster", "metrics", "figures", "report", "row_checks", "check_report"),
+        *("config", "recipe", "storage", "examples", "runs", "cluster", "metrics", "figures", "report", "row_checks", "check_report"),
         *("chat_api", "ledger", "limiter", "limiter_client", "services", "worklist", "prices", "token_counts"),
         *("teacher", "progress", "estimates", "generation", "batch_api", "batch_client", "batch_store", "batch_mode"),
     },
-    "model": {"tokenization", "model", "checkpoints", "engines", "preflight"},
-    "stages": {"thoughts", "reflections", "sft_data", "sft", "sweep", "inference", "evaluation", "data_checks", "pipeline"},
+    "model": {
+        *("tokenization", "model", "checkpoints", "engines", "saving", "preflight", "preflight_report", "watching", "watch_beside"),
+        *("memory", "attention", "batches", "kernels", "trainer", "tracking", "training"),
+    },
+    "stages": {"thoughts", "reflections", "sft_data", "sft", "sweep", "export", "inference", "evaluation", "data_checks", "pipeline"},
 }
 ORDER = list(BANDS)
 HEAVY = {"ray", "torch", "transformers", "vllm", "trl", "peft", "datasets", "bitsandbytes", "accelerate", "deepspeed"}

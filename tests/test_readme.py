@@ -35,6 +35,7 @@ def test_a_job_in_the_readme_parses_as_written(command, repository):
         "prepare_sft_data": "sft_data.PrepareSFTDataConfig",
         "train_sft": "sft.TrainConfig",
         "sweep_lora": "sweep.SweepConfig",
+        "export_model": "export.ExportConfig",
         "run_inference": "inference.InferenceConfig",
         "evaluate_predictions": "evaluation.EvaluatePredictionsConfig",
         "check_data": "data_checks.CheckDataConfig",

@@ -7,7 +7,8 @@ import pytest
 
 from nli.config import load_config
 from nli.errors import ConfigError
-from nli.sft import TrainConfig, build_arguments
+from nli.recipe import TrainConfig
+from nli.training import build_arguments
 from tests.conftest import REPOSITORY
 
 
@@ -63,17 +64,31 @@ def test_the_demo_keeps_the_recipe_but_for_what_a_cpu_and_a_tiny_model_need():
     assert changed <= needs
 
 
-@pytest.mark.parametrize(("num_workers", "per_device", "accumulation"), [(1, 16, 4), (2, 16, 2), (4, 16, 1), (1, 64, 1), (8, 8, 1)])
-def test_the_global_batch_is_the_same_for_any_number_of_workers(tmp_path: Path, num_workers, per_device, accumulation):
-    config = TrainConfig(num_workers=num_workers, per_device_batch_size=per_device, compute_dtype="fp32", wandb=False)
-    arguments = build_arguments(config, tmp_path, use_gpu=False, world_size=num_workers)
-    assert arguments.gradient_accumulation_steps == accumulation
+@pytest.mark.parametrize("num_workers", [1, 2, 4, 8])
+def test_the_global_batch_is_the_same_for_any_number_of_workers(tmp_path: Path, num_workers):
+    arguments = build_arguments(TrainConfig(num_workers=num_workers, compute_dtype="fp32", wandb=False), tmp_path, use_gpu=False, world_size=num_workers)
     assert arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * num_workers == 64
 
 
 def test_a_number_of_workers_that_cannot_divide_the_global_batch_is_refused():
-    with pytest.raises(ConfigError, match=r"3 x 16 = 48"):
+    with pytest.raises(ConfigError, match="global_batch_size 64 is no multiple of num_workers 3"):
         TrainConfig(num_workers=3)
+
+
+@pytest.mark.parametrize(("parallel", "reason"), [("fsdp2", "corrupts them"), ("zero3", "loads the whole quantised base on every GPU first")])
+def test_ways_to_split_a_4_bit_base_are_refused_with_the_reason(parallel, reason):
+    with pytest.raises(ConfigError, match=f"parallel {parallel} is not offered: .*{reason}.* Use ddp"):
+        TrainConfig(parallel=parallel)
+
+
+def test_zero2_without_deepspeed_is_refused_with_the_cure(tmp_path: Path, monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"parallel zero2 needs DeepSpeed.*pip install '\.\[zero\]'"):
+        build_arguments(TrainConfig(parallel="zero2", wandb=False), tmp_path, use_gpu=False, world_size=1)
+    with pytest.raises(ConfigError, match="parallel zero2 computes in bf16"):
+        TrainConfig(parallel="zero2", compute_dtype="fp32")
 
 
 def test_arguments_reach_the_trainer_as_the_config_says(tmp_path: Path):

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from nli import sft, sweep
-from nli.checkpoints import describe_model, find_best, fingerprint_tokenizer, mark_complete
+from nli import sft, sweep, tracking, training
+from nli.checkpoints import describe_model, fingerprint_tokenizer, mark_complete
 from nli.errors import ConfigError, DataError, ModelError, NLIError, ResumeError, StorageError
 from nli.sft import FitPlan, TrainConfig
 from nli.storage import write_jsonl
@@ -88,6 +88,25 @@ def test_a_base_without_a_tokeniser_is_refused_before_anything_starts(files, tmp
         sft.plan_fit(train_config(files, tmp_path / "run", base_model=str(base)))
 
 
+def test_a_run_on_another_base_or_tokeniser_is_refused_with_the_difference(files, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(TINY_BASE, base)
+    config = train_config(files, tmp_path / "run", base_model=str(base))
+    identity = json.loads(json.dumps(sft.plan_fit(config).identity))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/manifest.json").write_text(json.dumps({"status": "running", "identity": identity, "attempts": [], "counts": {}}))
+    (tmp_path / "run/log.jsonl").write_text("")
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 77}))
+    with pytest.raises(ResumeError, match=rf"tokenizer: '{identity['tokenizer']}' -> '[0-9a-f]+'\nChoose"):
+        sft.run(config)
+    weights = bytearray((base / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (base / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ResumeError, match=rf"base: '{identity['base']}' -> 'sampled:"):
+        sft.run(config)
+
+
 def test_tokenised_rows_take_their_place_whole_or_not_at_all(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -150,40 +169,11 @@ def test_a_folder_is_taken_only_from_a_run_that_made_nothing(tmp_path):
         sft.check_folder(plan_in(tmp_path))
 
 
-def test_the_best_checkpoint_is_found_where_it_lies_now_or_missed_by_name(tmp_path):
-    for step in (3, 6):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        state = {"best_global_step": 3, "best_model_checkpoint": "/elsewhere/checkpoint-3", "global_step": step}
-        (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(json.dumps(state))
-        mark_complete(tmp_path / f"checkpoint-{step}")
-    assert find_best(tmp_path, tmp_path / "checkpoint-6") == tmp_path / "checkpoint-3"
-    (tmp_path / "checkpoint-3/trainer_state.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"checkpoint-3: trainer_state.json has .* it had the best eval loss of its run"):
-        sft.find_start(tmp_path)
-    shutil.rmtree(tmp_path / "checkpoint-3")
-    with pytest.raises(ModelError, match="checkpoint-3: no such folder; it had the best eval loss"):
-        sft.find_start(tmp_path)
-
-
-def test_the_log_loses_the_steps_that_are_made_again_and_a_torn_line(tmp_path):
-    lines = [{"step": step, "loss": step / 10} for step in range(1, 6)]
-    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 6, "lo'
-    (tmp_path / "log.jsonl").write_text(text)
-    (tmp_path / "checkpoint-3").mkdir()
-    (tmp_path / "checkpoint-3/trainer_state.json").write_text(json.dumps({"global_step": 3}))
-    mark_complete(tmp_path / "checkpoint-3")
-    assert sft.find_start(tmp_path) == (tmp_path / "checkpoint-3", None)
-    assert read_rows(tmp_path / "log.jsonl") == lines[:3]
-    shutil.rmtree(tmp_path / "checkpoint-3")
-    assert sft.find_start(tmp_path) == (None, None)
-    assert (tmp_path / "log.jsonl").read_text() == ""
-
-
 def test_the_end_of_training_is_read_from_its_state():
     control = {"stateful_callbacks": {"TrainerControl": {"args": {"should_training_stop": True}}}}
-    assert sft.is_at_end({"global_step": 6, "max_steps": 6})
-    assert sft.is_at_end({"global_step": 4, "max_steps": 6, **control})
-    assert not sft.is_at_end({"global_step": 4, "max_steps": 6, "stateful_callbacks": {"TrainerControl": {"args": {"should_training_stop": False}}}})
+    assert training.is_at_end({"global_step": 6, "max_steps": 6})
+    assert training.is_at_end({"global_step": 4, "max_steps": 6, **control})
+    assert not training.is_at_end({"global_step": 4, "max_steps": 6, "stateful_callbacks": {"TrainerControl": {"args": {"should_training_stop": False}}}})
 
 
 def test_a_trial_whose_loss_was_never_finite_is_diverged_and_a_stopped_one_keeps_its_last_loss(tmp_path):
@@ -257,13 +247,16 @@ def test_a_diverged_evaluation_is_null_in_the_log_and_never_the_best(tmp_path, m
 
     reported = []
     monkeypatch.setattr(ray.train, "report", reported.append)
-    reporter = sft.build_reporter(tmp_path, None)
+    reporter = tracking.build_reporter(tmp_path)
     state = SimpleNamespace(is_world_process_zero=True, global_step=3, max_steps=6, epoch=1.0)
     reporter.on_log(None, state, None, logs={"eval_loss": math.nan, "eval_runtime": 1.5})
     assert read_rows(tmp_path / "log.jsonl") == [{"step": 3, "eval_loss": None, "eval_runtime": 1.5}]
     metrics = {"eval_loss": math.nan}
     reporter.on_evaluate(None, state, None, metrics=metrics)
-    assert math.isnan(reported[0]["eval_loss"]) and metrics["eval_loss"] == math.inf
+    assert reported == [] and metrics["eval_loss"] == math.inf
+    reporter.on_save(None, state, None)
+    reporter.on_save(None, state, None)  # one without an evaluation before it
+    assert len(reported) == 1 and math.isnan(reported[0]["eval_loss"])
 
 
 # with Ray
@@ -276,6 +269,16 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(files, adapter, tmp
     for name in ("loss", "eval_loss", "grad_norm"):
         assert losses_by_step(resumed, name) == losses_by_step(adapter, name)
     assert (resumed / "adapter_model.safetensors").read_bytes() == (adapter / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.ray
+@pytest.mark.fault
+def test_a_run_resumed_with_another_number_of_workers_makes_the_same_steps(files, ray_cluster, tmp_path):
+    two = sft.run(train_config(files, tmp_path / "two", num_workers=2, lora_dropout=0.0))
+    one = sft.run(train_config(files, interrupt(two, tmp_path / "one", "checkpoint-3"), num_workers=1, lora_dropout=0.0))
+    assert json.loads((one / "result.json").read_text())["resumed_from"].endswith("checkpoint-3")
+    for name in ("loss", "grad_norm", "eval_loss"):
+        assert losses_by_step(one, name) == pytest.approx(losses_by_step(two, name), rel=1e-3)
 
 
 @pytest.mark.ray

@@ -20,8 +20,7 @@ config = TrainConfig(
     epochs=5,  # at most: early stopping ends it after 3 evaluations without a better eval loss
     early_stopping_patience=3,
     eval_steps=250,
-    global_batch_size=64,  # 16 per device x 4 accumulated on one GPU, 16 x 2 on two
-    per_device_batch_size=16,
+    global_batch_size=64,  # in as few forward passes as the GPU's memory allows, over any number of GPUs that divides it
     max_length=512,
     use_gpu=True,
 )
