@@ -25,7 +25,7 @@ BANDS = {
         *("tokenization", "model", "checkpoints", "engines", "saving", "preflight", "preflight_report", "watching", "watch_beside"),
         *("memory", "attention", "batches", "kernels", "trainer", "tracking", "training"),
     },
-    "stages": {"thoughts", "reflections", "sft_data", "sft", "sweep", "export", "inference", "evaluation", "data_checks", "pipeline"},
+    "stages": {"thoughts", "reflections", "sft_data", "sft", "sweep", "export", "inference", "evaluation", "account", "data_checks", "pipeline"},
 }
 ORDER = list(BANDS)
 HEAVY = {"ray", "torch", "transformers", "vllm", "trl", "peft", "datasets", "bitsandbytes", "accelerate", "deepspeed"}

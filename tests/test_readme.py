@@ -38,6 +38,7 @@ def test_a_job_in_the_readme_parses_as_written(command, repository):
         "export_model": "export.ExportConfig",
         "run_inference": "inference.InferenceConfig",
         "evaluate_predictions": "evaluation.EvaluatePredictionsConfig",
+        "account": "account.AccountConfig",
         "check_data": "data_checks.CheckDataConfig",
         "pipeline": "pipeline.PipelineConfig",
     }[words[2].removeprefix("ray_jobs.")]

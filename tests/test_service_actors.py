@@ -171,3 +171,15 @@ def test_actors_end_when_nobody_calls_them_and_a_later_job_gets_new_ones(tmp_pat
     ray.kill(again)
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(limiter.process_id.remote())
+
+
+def test_an_account_s_limits_are_shown_and_changed_while_jobs_run(ray_cluster, tmp_path, capsys):
+    from nli.account import AccountConfig, run
+
+    key_file = tmp_path / "key"
+    key_file.write_text("a-key-of-its-own")
+    account = {"base_url": "http://limits.test", "api_key_file": str(key_file)}
+    run(AccountConfig(**account, requests_per_minute=600.0, calls_in_flight=8))
+    found = run(AccountConfig(**account, requests_per_minute=300.0))
+    assert (found["limits"].requests_per_minute, found["limits"].max_in_flight) == (300.0, 8)
+    assert "limits 300 requests a minute, 8 calls in flight; in flight 0, cut to 8; workers 0" in capsys.readouterr().out
