@@ -15,7 +15,8 @@ from nli.batch_api import BatchJobs, Request
 from nli.batch_store import BatchStore
 from nli.chat_api import chat_url, read_reply
 from nli.errors import TeacherError
-from nli.ledger import Entry, Ledger, LedgerReader, request_key
+from nli.ledger import Ledger
+from nli.ledger_file import Entry, LedgerReader, request_key
 from nli.parsing import parse_reply
 from nli.prompts import Prompt
 from nli.teacher import TeacherConfig, build_body, repair_messages

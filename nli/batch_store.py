@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import IO
 
 from nli.errors import StorageError
-from nli.ledger import BATCH_OWNER, connect
+from nli.ledger import BATCH_OWNER
+from nli.ledger_file import connect
 
 CLOSED = ("taken", "dropped")
 

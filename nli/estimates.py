@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nli.ledger import LedgerReader, Totals
+from nli.ledger_file import LedgerReader, Totals
 from nli.limiter import MARGIN_SECONDS, WINDOW_SECONDS
 from nli.prices import PRICES_DATE, PRICES_SOURCE, format_dollars
 from nli.progress import FEWEST_REPLIES

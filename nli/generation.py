@@ -19,12 +19,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from nli.asking import Teacher
 from nli.batch_mode import ask_in_batches, refuse_open_batches
 from nli.chat_api import Unreachable, check_reachable
 from nli.cluster import connected, spread
 from nli.errors import NLIError, TeacherError
 from nli.estimates import describe_estimate, estimate_run
-from nli.ledger import Ledger, LedgerReader, new_owner
+from nli.ledger import Ledger, new_owner
+from nli.ledger_file import LedgerReader
 from nli.limiter_client import LimiterClient
 from nli.parsing import ParseStatus
 from nli.prices import NANO
@@ -33,7 +35,7 @@ from nli.prompts import TEACHER_PROMPTS, Prompt
 from nli.runs import manifest_beside, start_run
 from nli.services import LedgerClient, post_to_actor, start_ledger_service, start_limiter_service, sync_with_actor
 from nli.storage import dump_line, resolve_output, write_atomic
-from nli.teacher import Outcome, Teacher, TeacherConfig, check_teacher, describe_requests, first_key, read_outcomes, settle_key_file
+from nli.teacher import Outcome, TeacherConfig, check_teacher, describe_requests, first_key, read_outcomes, settle_key_file
 from nli.worklist import Worklist
 
 MOST_FAILED_SHARE = 0.05  # of a file's rows, beyond which the stage ends in an error
@@ -89,9 +91,7 @@ def run_generation(work: Generation) -> Counter | None:
     return counts
 
 
-def _ask_and_write(
-    work: Generation, config: TeacherConfig, key: str, ledger: Ledger, folder: Path, worklist: Worklist, num_rows: int
-) -> tuple[Counter, dict]:
+def _ask_and_write(work: Generation, config: TeacherConfig, key: str, ledger: Ledger, folder: Path, worklist: Worklist, num_rows: int) -> tuple[Counter, dict]:
     """Steps 2 and 3; returns the counts of the output's rows and what the run has spent, earlier attempts included."""
     run = str(work.output)
     with _finding_done(work, folder) as find_done:

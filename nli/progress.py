@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 
-from nli.ledger import LedgerReader, Totals
+from nli.ledger_file import LedgerReader, Totals
 from nli.prices import format_dollars
 
 WINDOW_SECONDS = 60.0

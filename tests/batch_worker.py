@@ -12,7 +12,8 @@ from pathlib import Path
 
 from nli import batch_client
 from nli.batch_mode import ask_in_batches
-from nli.ledger import Ledger, LedgerReader
+from nli.ledger import Ledger
+from nli.ledger_file import LedgerReader
 from nli.parsing import ParseStatus
 from nli.prices import NANO
 from nli.prompts import TEACHER_PROMPTS

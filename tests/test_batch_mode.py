@@ -15,7 +15,8 @@ from nli import batch_client
 from nli.batch_mode import refuse_open_batches
 from nli.batch_store import BatchStore
 from nli.errors import ConfigError, TeacherError
-from nli.ledger import Ledger, LedgerReader
+from nli.ledger import Ledger
+from nli.ledger_file import LedgerReader
 from nli.worklist import Worklist
 from tests.batch_worker import PROMPT, RUN, make_config, make_rows, run_batches
 

@@ -14,7 +14,7 @@ from chat_server import KEY, Answer, with_server
 
 from nli.chat_api import CallFailed, ChatClient, Reply, Unreachable, chat_url, check_reachable, read_api_key, read_reply
 from nli.errors import TeacherError
-from nli.ledger import encode_body
+from nli.ledger_file import encode_body
 
 BODY = {"model": "toy", "messages": [{"role": "user", "content": "Hello – 犬 🐕\u2028"}], "max_tokens": 8}
 DATA = encode_body(BODY)

@@ -14,7 +14,7 @@ from benchmarks.ray_run import write_rows
 from benchmarks.teacher_server import start_teacher_server
 from nli import thoughts
 from nli.errors import ResumeError, TeacherError
-from nli.ledger import LedgerReader
+from nli.ledger_file import LedgerReader
 from nli.parsing import Parsed, ParseStatus
 from nli.thoughts import GenerateThoughtsConfig
 

@@ -18,7 +18,7 @@ BANDS = {
     "words": {"errors", "prompts", "parsing", "records", "leaks"},
     "workbench": {
         *("config", "recipe", "storage", "examples", "runs", "cluster", "metrics", "figures", "report", "row_checks", "check_report"),
-        *("chat_api", "ledger", "limiter", "limiter_client", "services", "worklist", "prices", "token_counts"),
+        *("chat_api", "ledger", "ledger_file", "asking", "limiter", "limiter_client", "services", "worklist", "prices", "token_counts"),
         *("teacher", "progress", "estimates", "generation", "batch_api", "batch_client", "batch_store", "batch_mode"),
     },
     "model": {

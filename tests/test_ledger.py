@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from nli.errors import StorageError
-from nli.ledger import Ledger, LedgerReader, Totals, encode_body, new_owner, request_key
+from nli.ledger import Ledger, new_owner
+from nli.ledger_file import LedgerReader, Totals, encode_body, request_key
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RUN, OTHER_RUN = "thoughts.jsonl", "other.jsonl"
@@ -524,17 +525,17 @@ def test_a_ledger_whose_maker_was_killed_before_the_first_table_is_an_empty_one(
 
 
 def test_a_ledger_that_another_machine_has_open_is_refused_and_one_it_left_is_taken(tmp_path, monkeypatch):
-    monkeypatch.setattr("nli.ledger._this_host", lambda: "elsewhere 1234")
+    monkeypatch.setattr("nli.ledger_file._this_host", lambda: "elsewhere 1234")
     there = Ledger(tmp_path)
-    monkeypatch.setattr("nli.ledger._this_host", lambda: "here 5678")
+    monkeypatch.setattr("nli.ledger_file._this_host", lambda: "here 5678")
     with pytest.raises(StorageError, match=r"the ledger is in use on elsewhere; run the job on that machine's cluster, or give another --ledger-dir\."):
         Ledger(tmp_path)
     with pytest.raises(StorageError, match="the ledger is in use on elsewhere"):
         LedgerReader(tmp_path)
-    monkeypatch.setattr("nli.ledger._this_host", lambda: "container 1234")  # another name, the same kernel
+    monkeypatch.setattr("nli.ledger_file._this_host", lambda: "container 1234")  # another name, the same kernel
     Ledger(tmp_path).close()
     there.close()
-    monkeypatch.setattr("nli.ledger._this_host", lambda: "here 5678")
+    monkeypatch.setattr("nli.ledger_file._this_host", lambda: "here 5678")
     ours, too = Ledger(tmp_path), Ledger(tmp_path)
     ours.close()
     too.close()

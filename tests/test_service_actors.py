@@ -12,7 +12,8 @@ import pytest
 
 from nli import services
 from nli.errors import StorageError
-from nli.ledger import Ledger, LedgerReader
+from nli.ledger import Ledger
+from nli.ledger_file import LedgerReader
 from nli.limiter import Ended, Limits
 from nli.limiter_client import LimiterClient
 from nli.services import LedgerClient, account_name, post_to_actor, start_ledger_service, start_limiter_service, sync_with_actor

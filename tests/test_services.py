@@ -11,7 +11,8 @@ import pytest
 from simulated import simulate
 
 from nli.errors import StorageError
-from nli.ledger import Ledger, LedgerReader
+from nli.ledger import Ledger
+from nli.ledger_file import LedgerReader
 from nli.limiter import AccountLimiter, Ended, Grants, Limits
 from nli.limiter_client import LimiterClient
 from nli.services import GATHER_SECONDS, Gatherer, GroupCommit, LedgerClient, account_name

@@ -12,14 +12,16 @@ import pytest
 from chat_server import KEY, Answer, with_server
 
 from nli import errors
+from nli.asking import Teacher
 from nli.chat_api import chat_url
 from nli.errors import ConfigError, NLIError, TeacherError
-from nli.ledger import Ledger, LedgerReader
+from nli.ledger import Ledger
+from nli.ledger_file import LedgerReader
 from nli.limiter_client import LimiterClient
 from nli.parsing import Parsed, ParseStatus
 from nli.prompts import TEACHER_PROMPTS
 from nli.services import GroupCommit, LedgerClient
-from nli.teacher import Teacher, TeacherConfig, check_teacher, describe_requests, first_key, read_outcomes
+from nli.teacher import TeacherConfig, check_teacher, describe_requests, first_key, read_outcomes
 
 PROMPT = TEACHER_PROMPTS["initial_generation"]
 ROW = {"id": "0", "premise": "Two dogs ran.", "hypothesis": "Animals moved.", "true_label": 1}
@@ -42,7 +44,7 @@ def waits(monkeypatch):
         def __getattr__(self, name):
             return sleep if name == "sleep" else getattr(__import__("asyncio"), name)
 
-    monkeypatch.setattr("nli.teacher.asyncio", Hurry())
+    monkeypatch.setattr("nli.asking.asyncio", Hurry())
     return waited
 
 
