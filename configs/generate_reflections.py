@@ -9,4 +9,5 @@ config = GenerateReflectionsConfig(
     workers=4,
     requests_per_minute=300,
     tokens_per_minute=500_000,
+    max_cost=20.0,  # dollars for one output; --dry-run tells what it will take
 )

@@ -10,4 +10,5 @@ config = GenerateThoughtsConfig(
     workers=4,
     requests_per_minute=300,  # of the account, over all workers
     tokens_per_minute=500_000,
+    max_cost=10.0,  # dollars for one output; --dry-run tells what it will take
 )
