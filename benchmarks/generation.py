@@ -94,7 +94,7 @@ def render_tables(records: list[dict]) -> str:
         for way, other, least in RATIOS:
             ratio = statistics.median(speeds[way]) / statistics.median(speeds[other])
             own = statistics.median(a / b for a, b in zip(speeds[way], speeds[other], strict=True))
-            lines.append(f"| {NAMES[way]} ÷ {NAMES[other]} | ≥ {least:g} | {ratio:.2f} | {own:.2f} |")
+            lines.append(f"| {NAMES[way]} ÷ {NAMES[other]} | ≥ {least:g} | {ratio:.3g} | {own:.3g} |")
         parts.append("\n".join(lines))
     memory = sorted((record for record in records if record["kind"] == "memory"), key=lambda record: record["rows"])
     if len(memory) > 1:

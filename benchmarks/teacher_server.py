@@ -212,9 +212,11 @@ class RunningServer:
         return self._ask(f"/bill?window={window_seconds}" + ("&calls=1" if calls else ""))
 
     def reset_bill(self) -> None:
+        """Forget the bill and the attempts."""
         self._ask("/bill/reset", {})
 
     def forget_batches(self) -> None:
+        """Forget files and jobs."""
         self._ask("/batch/reset", {})
 
     def change(self, **settings: object) -> None:

@@ -46,7 +46,7 @@ def test_the_tables_show_medians_ratios_and_what_was_asked():
     text = render_tables(speeds + memory)
     assert "| bare aiohttp loop | 5,000 | 4,000 to 9,000 | 500 |" in text
     assert "| this project, one process, ledger on, calls a second | ≥ 1,000 | 2,500 | |" in text
-    assert "| this project, one process, ledger on ÷ bare aiohttp loop | ≥ 0.5 | 0.50 | 0.48 |" in text
+    assert "| this project, one process, ledger on ÷ bare aiohttp loop | ≥ 0.5 | 0.5 | 0.48 |" in text
     assert "| driver | 200 / 250 | 210 / 260 | 1.05 | ≤ 1.15 |" in text
     assert "| workers | 400 / 450 | 460 / 510 | 1.15 | ≤ 1.15 |" in text
     assert text.endswith("2 x Some CPU; Python 3.11.7, aiohttp 3.14.5, mistralai 3.7.0, Ray 2.60.0; 2026-11-25.")
