@@ -33,7 +33,7 @@ from nli.prices import NANO
 from nli.progress import LiveProgress
 from nli.prompts import TEACHER_PROMPTS, Prompt
 from nli.runs import manifest_beside, start_run
-from nli.services import LedgerClient, post_to_actor, start_ledger_service, start_limiter_service, sync_with_actor
+from nli.services import TRAVEL_GATHER_SECONDS, LedgerClient, post_to_actor, start_ledger_service, start_limiter_service, sync_with_actor
 from nli.storage import dump_line, resolve_output, write_atomic
 from nli.teacher import Outcome, TeacherConfig, check_teacher, describe_requests, first_key, read_outcomes, settle_key_file
 from nli.worklist import Worklist
@@ -142,7 +142,8 @@ class Asker:
         self.ledger = ledger
         name = new_owner("worker")
         limits = LimiterClient(sync_with_actor(limiter), name, config.limits(), config.workers)
-        self.teacher = Teacher(config, TEACHER_PROMPTS[prompt_name], check_teacher(config), run, LedgerClient(post_to_actor(ledger), name), limits)
+        client = LedgerClient(post_to_actor(ledger), name, TRAVEL_GATHER_SECONDS)
+        self.teacher = Teacher(config, TEACHER_PROMPTS[prompt_name], check_teacher(config), run, client, limits)
 
     async def __call__(self, slices: list[dict]) -> list[dict]:
         for piece in slices:

@@ -3,7 +3,8 @@
 An Answer, as one line of `data/original_thoughts/train.jsonl` (wrapped here):
 
     {"id": "17", "premise": "Two dogs ran.", "hypothesis": "Animals moved.", "true_label": 1, "answered_by": "ministral-8b-2512",
-     "prompt_name": "initial_generation", "prompt_sha256": "3f…", "raw_text": "{\"thought_process\": …}", "thought_process": "Dogs are animals …",
+     "prompt_name": "initial_generation", "prompt_sha256": "3f…",
+     "parameters": "temperature=0, max_tokens=1024, …", "raw_text": "{\"thought_process\": …}", "thought_process": "Dogs are animals …",
      "predicted_label": 1, "parse_status": "ok", "problem": "", "finish_reason": "stop", "num_prompt_tokens": 212, "num_completion_tokens": 41}
 
 What the teacher says and what the student says is this same record. Columns of the user's file beyond the four of an Example ride along as text under their
@@ -42,6 +43,7 @@ class Answer(Example):
     answered_by: str
     prompt_name: str
     prompt_sha256: str
+    parameters: str = ""
     raw_text: str
     thought_process: str | None
     predicted_label: Label | None
@@ -69,6 +71,7 @@ class Reflection(Answer):
 
     reflected_by: str
     reflection_prompt_sha256: str
+    reflection_parameters: str = ""
     reflection_raw_text: str
     error_analysis: str | None
     improved_thought_process: str | None

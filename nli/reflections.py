@@ -19,7 +19,7 @@ from nli.parsing import ParseStatus
 from nli.prompts import TEACHER_PROMPTS
 from nli.records import Answer, is_correct
 from nli.storage import iterate_jsonl, resolve_input, resolve_output
-from nli.teacher import Outcome, TeacherConfig
+from nli.teacher import Outcome, TeacherConfig, describe_parameters
 
 PROMPT = TEACHER_PROMPTS["reflection"]
 
@@ -53,6 +53,7 @@ def to_reflection(answer: Mapping, outcome: Outcome, config: GenerateReflections
         **answer,
         "reflected_by": config.model,
         "reflection_prompt_sha256": PROMPT.sha256,
+        "reflection_parameters": describe_parameters(config),
         "reflection_raw_text": outcome.raw_text,
         "error_analysis": fields.get("error_analysis"),
         "improved_thought_process": fields.get("improved_thought_process"),

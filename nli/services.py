@@ -25,6 +25,7 @@ from nli.limiter_client import Sync
 
 NAMESPACE = "nli"
 GATHER_SECONDS = 0.003  # operations that come within so long are flushed together; the contract is at most 0.05
+TRAVEL_GATHER_SECONDS = 0.01  # the same where they travel to an actor: a message costs more than a flush
 IDLE_SECONDS = 120.0  # an actor that nobody has called for so long ends; longer than the limiter's window
 LEDGER_PATIENCE_SECONDS = 120.0
 START_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between tries to start an actor
@@ -247,7 +248,16 @@ def _start(create: Callable[[], object], what: str):
 
 
 def _shared_options() -> dict:
-    return {"namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True, "max_restarts": -1, "num_cpus": 0, "max_concurrency": 1000}
+    # Task events would tell the dashboard of each of hundreds of messages a second.
+    return {
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "get_if_exists": True,
+        "max_restarts": -1,
+        "num_cpus": 0,
+        "max_concurrency": 1000,
+        "enable_task_events": False,
+    }
 
 
 def post_to_actor(actor) -> Callable[[str, Sequence[Operation]], Awaitable[list[tuple]]]:

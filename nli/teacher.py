@@ -128,6 +128,12 @@ def describe_requests(config: TeacherConfig, prompt: Prompt) -> dict:
     }
 
 
+def describe_parameters(config: TeacherConfig) -> str:
+    """The parameters that an answer was asked with, for its row: `temperature=0, max_tokens=1024, …`."""
+    names = ("temperature", "max_tokens", "random_seed", "sample_index", "response_format")
+    return ", ".join(f"{name}={value:g}" if isinstance(value := getattr(config, name), float) else f"{name}={value}" for name in names)
+
+
 def check_teacher(config: TeacherConfig) -> str:
     """The API key, after checking that there is one. Raises TeacherError before anything is started."""
     if not config.base_url.startswith(("http://", "https://")):

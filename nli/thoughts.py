@@ -21,7 +21,7 @@ from nli.parsing import ParseStatus
 from nli.prompts import TEACHER_PROMPTS
 from nli.records import Answer, is_correct
 from nli.storage import iterate_jsonl, resolve_input, resolve_output
-from nli.teacher import Outcome, TeacherConfig
+from nli.teacher import Outcome, TeacherConfig, describe_parameters
 
 
 @config_class
@@ -62,6 +62,7 @@ def to_answer(row: Mapping, outcome: Outcome, config: GenerateThoughtsConfig) ->
         "answered_by": config.model,
         "prompt_name": prompt.name,
         "prompt_sha256": prompt.sha256,
+        "parameters": describe_parameters(config),
         "raw_text": outcome.raw_text,
         "thought_process": fields.get("improved_thought_process" if prompt.name == "scoring" else "thought_process"),
         "predicted_label": fields.get("predicted_label"),

@@ -21,7 +21,7 @@ from nli.limiter_client import LimiterClient
 from nli.parsing import Parsed, ParseStatus
 from nli.prompts import TEACHER_PROMPTS
 from nli.services import GroupCommit, LedgerClient
-from nli.teacher import TeacherConfig, check_teacher, describe_requests, first_key, read_outcomes
+from nli.teacher import TeacherConfig, check_teacher, describe_parameters, describe_requests, first_key, read_outcomes
 
 PROMPT = TEACHER_PROMPTS["initial_generation"]
 ROW = {"id": "0", "premise": "Two dogs ran.", "hypothesis": "Animals moved.", "true_label": 1}
@@ -391,6 +391,12 @@ def test_a_price_is_needed_for_a_budget_and_for_nothing_else():
     with pytest.raises(ConfigError, match="no price is known for model 'unheard-of'"):
         TeacherConfig(model="unheard-of", max_cost=1.0).price()
     assert TeacherConfig(mode="batch").price().input_per_million == TeacherConfig().price().input_per_million / 2
+
+
+def test_a_row_says_what_it_was_asked_with():
+    assert describe_parameters(TeacherConfig(temperature=0.5, max_tokens=64)) == (
+        "temperature=0.5, max_tokens=64, random_seed=1337, sample_index=0, response_format=json_schema"
+    )
 
 
 def test_a_server_of_another_make_gets_its_own_names_and_no_key(ask_one, waits):
