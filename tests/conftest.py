@@ -25,7 +25,7 @@ def ray_cluster():
     """A local Ray with its dashboard, as the sweeps need it."""
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=True, log_to_driver=False)
+    ray.init(address="local", num_cpus=4, include_dashboard=True, log_to_driver=False)
     yield
     ray.shutdown()
 
