@@ -34,7 +34,6 @@ CREATE TABLE IF NOT EXISTS runs (
     cost INTEGER DEFAULT 0, held INTEGER DEFAULT 0, reserved INTEGER DEFAULT 0
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS batches (id TEXT PRIMARY KEY, run TEXT, state TEXT, file_id TEXT, job_id TEXT, detail TEXT, changed_at REAL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS batch_requests (key BLOB, batch TEXT, PRIMARY KEY (batch, key)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS requests_by_run ON requests (run, state);
 """
 
