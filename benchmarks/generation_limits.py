@@ -1,6 +1,6 @@
 """Does generation keep within an account's limits, on the server's own count? Eight workers through Ray Data, the limiter killed on the way.
 
-    python -m benchmarks.generation_limits requests       1,200 requests a minute: no sliding minute above it, at least 95 % of it
+    python -m benchmarks.generation_limits requests       1,200 requests a minute: no sliding minute above it, at least 95 % of it (--keep-limiter: without the kill)
     python -m benchmarks.generation_limits tokens         a limit of tokens a minute: no sliding minute above it
     python -m benchmarks.generation_limits budget         --max-cost with eight workers: never above it
     python -m benchmarks.generation_limits dry-run        tokens and cost that a dry run foretells, before and after 50 replies, against the bill
@@ -51,14 +51,14 @@ def run_job(server: RunningServer, folder: Path, num_rows: int, kills_limiter_at
     return process.returncode, log.read_text(encoding="utf-8")
 
 
-def measure_requests(folder: Path, limit: int, minutes: float) -> dict:
-    """The fullest sliding minute and the rate reached, with the limiter killed in the middle."""
+def measure_requests(folder: Path, limit: int, minutes: float, kills: bool) -> dict:
+    """The fullest sliding minute and the rate reached, with the limiter killed in the middle if so asked."""
     num_rows = int(limit * minutes)
     with start_teacher_server(latency_seconds=0.5) as server:
-        status, text = run_job(server, folder, num_rows, kills_limiter_at=60 * minutes / 2, requests_per_minute=limit)
+        status, text = run_job(server, folder, num_rows, kills_limiter_at=60 * minutes / 2 if kills else 0.0, requests_per_minute=limit)
         bill = server.bill()
     rate = 60 * (num_rows - 1) / bill["seconds"]
-    result = {"limit": limit, "status": status, "calls": bill["billed"], "seconds": bill["seconds"], "windows": bill["windows"]}
+    result = {"limit": limit, "kills": kills, "status": status, "calls": bill["billed"], "seconds": bill["seconds"], "windows": bill["windows"]}
     result |= {"requests_per_minute": rate, "share": rate / limit}
     result["holds"] = status == 0 and max(bill["windows"][name] for name in bill["windows"] if "request" in name) <= limit and rate >= 0.95 * limit
     return result if status == 0 else result | {"console": text[-1500:]}
@@ -124,6 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure, at the server, what limits and budgets hold.")
     parser.add_argument("what", choices=("requests", "tokens", "budget", "dry-run"))
     parser.add_argument("--requests-per-minute", type=int, default=1200)
+    parser.add_argument("--keep-limiter", action="store_true")
     parser.add_argument("--minutes", type=float, default=2.5)
     parser.add_argument("--tokens-per-minute", type=int, default=200_000)
     parser.add_argument("--rows", type=int, default=800)
@@ -132,7 +133,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="nli-limits-") as place:
         folder = Path(place)
         if arguments.what == "requests":
-            result = measure_requests(folder, arguments.requests_per_minute, arguments.minutes)
+            result = measure_requests(folder, arguments.requests_per_minute, arguments.minutes, not arguments.keep_limiter)
         elif arguments.what == "tokens":
             result = measure_tokens(folder, arguments.tokens_per_minute, arguments.rows)
         elif arguments.what == "budget":
