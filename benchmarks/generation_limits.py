@@ -1,6 +1,6 @@
 """Does generation keep within an account's limits, on the server's own count? Eight workers through Ray Data, the limiter killed on the way.
 
-    python -m benchmarks.generation_limits requests       1,200 requests a minute: no sliding minute above it, at least 95 % of it (--keep-limiter: without the kill)
+    python -m benchmarks.generation_limits requests       1,200 requests a minute: no sliding minute above it, 95 % of it reached (--keep-limiter: no kill)
     python -m benchmarks.generation_limits tokens         a limit of tokens a minute: no sliding minute above it
     python -m benchmarks.generation_limits budget         --max-cost with eight workers: never above it
     python -m benchmarks.generation_limits dry-run        tokens and cost that a dry run foretells, before and after 50 replies, against the bill
