@@ -1,6 +1,6 @@
 """How fast generation is, and how much memory it takes: this project's callers beside a bare loop and the official client, against a server in another process.
 
-    python -m benchmarks.generation speed --out bench.jsonl               five rounds, each of the four ways once, in turn
+    python -m benchmarks.generation speed --out bench.jsonl               five rounds, each of the four ways once, in turn (--in-flight 512: calls under way)
     python -m benchmarks.generation memory --rows 10000 200000 --out bench.jsonl
     python -m benchmarks.generation table bench.jsonl                     the Markdown tables of docs/RESULTS.md
 
@@ -40,21 +40,21 @@ FEWEST_CALLS_PER_SECOND = 1000
 MOST_GROWTH = 1.15
 
 
-def measure_speed(rounds: int, calls: int, sdk_calls: int, ray_calls: int, folder: Path) -> Iterable[dict]:
+def measure_speed(rounds: int, calls: int, sdk_calls: int, ray_calls: int, in_flight: int, folder: Path) -> Iterable[dict]:
     """Measurements of all ways, interleaved: what else the machine does meets them alike."""
     with start_teacher_server() as server:
         for number in range(1, rounds + 1):
             for way in WAYS:
                 place = folder / f"{way}-{number}"
                 if way == "ray":
-                    result = run_stage(server, place, ray_calls, WORKERS, IN_FLIGHT // WORKERS)
+                    result = run_stage(server, place, ray_calls, WORKERS, in_flight // WORKERS)
                 else:
-                    result = _run_caller(way, server.base_url, sdk_calls if way == "sdk" else calls, place)
-                yield {"kind": "speed", "round": number, "way": way, **result}
+                    result = _run_caller(way, server.base_url, sdk_calls if way == "sdk" else calls, in_flight, place)
+                yield {"kind": "speed", "round": number, "way": way, "in_flight": in_flight, **result}
 
 
-def _run_caller(way: str, base_url: str, calls: int, place: Path) -> dict:
-    command = [sys.executable, "-m", "benchmarks.callers", way, f"--base-url={base_url}", f"--calls={calls}", f"--in-flight={IN_FLIGHT}"]
+def _run_caller(way: str, base_url: str, calls: int, in_flight: int, place: Path) -> dict:
+    command = [sys.executable, "-m", "benchmarks.callers", way, f"--base-url={base_url}", f"--calls={calls}", f"--in-flight={in_flight}"]
     done = subprocess.run([*command, f"--ledger-dir={place}"], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
@@ -119,7 +119,8 @@ def main() -> None:
     speed.add_argument("--rounds", type=int, default=5)
     speed.add_argument("--calls", type=int, default=10_000)
     speed.add_argument("--sdk-calls", type=int, default=500)
-    speed.add_argument("--ray-calls", type=int, default=20_000)
+    speed.add_argument("--ray-calls", type=int, default=60_000)
+    speed.add_argument("--in-flight", type=int, default=IN_FLIGHT)
     memory = commands.add_parser("memory", help="peak memory of the stage at several numbers of rows")
     memory.add_argument("--rows", type=int, nargs="+", default=[10_000, 200_000])
     for command in (speed, memory):
@@ -134,7 +135,7 @@ def main() -> None:
     os.environ |= {"MISTRAL_API_KEY": "benchmark", "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as place:
         if arguments.command == "speed":
-            records = measure_speed(arguments.rounds, arguments.calls, arguments.sdk_calls, arguments.ray_calls, Path(place))
+            records = measure_speed(arguments.rounds, arguments.calls, arguments.sdk_calls, arguments.ray_calls, arguments.in_flight, Path(place))
         else:
             records = measure_memory(arguments.rows, Path(place))
         for record in records:
