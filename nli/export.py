@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 from nli.checkpoints import CARD, WEIGHTS, describe_model, fingerprint_model, flush_to_disk, read_card
 from nli.cluster import check_gpu_choice, connected, own_error
 from nli.config import Count, CountOrZero, as_dict, config_class
-from nli.engines import Generation, TransformersEngine
+from nli.engines import Generation
 from nli.errors import ConfigError, DataError, ModelError, ResumeError
 from nli.model import check_base, load_adapter, load_base
 from nli.parsing import ParseStatus, parse_answer
@@ -30,6 +30,7 @@ from nli.records import SFTExample
 from nli.runs import read_commit, read_hardware, read_manifest, read_versions
 from nli.storage import read_jsonl, resolve_input, resolve_output, sha256_file, write_atomic
 from nli.tokenization import encode_example, encode_prompt, load_tokenizer
+from nli.transformers_engine import TransformersEngine
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,7 @@ from typing import Literal
 from nli.checkpoints import describe_model, fingerprint_model
 from nli.cluster import check_gpu_choice, connected, spread
 from nli.config import Count, CountOrZero, config_class
-from nli.engines import Generation, TransformersEngine
+from nli.engines import Generation
 from nli.errors import DataError
 from nli.examples import is_labelled, read_examples
 from nli.model import check_base
@@ -27,6 +27,7 @@ from nli.prompts import STUDENT_PROMPT_NAME, render_student_prompt, student_prom
 from nli.records import is_correct, row_key
 from nli.runs import is_in_use, read_manifest, start_run
 from nli.storage import RowFile, resolve_input, resolve_output, sha256_file, write_atomic, write_csv
+from nli.transformers_engine import TransformersEngine
 
 CSV_COLUMNS = ("id", "premise", "hypothesis", "true_label", "predicted_label", "parse_status")
 

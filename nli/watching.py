@@ -13,9 +13,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nli.engines import generate_greedily
 from nli.parsing import ParseStatus, parse_answer
 from nli.tokenization import IGNORED_LABEL
+from nli.transformers_engine import generate_greedily
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -78,9 +78,9 @@ def test_two_ranks_give_the_answers_of_one_and_leave_the_random_numbers_alone(to
 def test_the_answers_are_those_of_inference(tokenised, model_and_tokenizer):
     """The training model in evaluation, fused and with its own attention, answers as the engine of stage 6 does."""
     from nli.attention import register_packed_attention
-    from nli.engines import TransformersEngine, generate_greedily
     from nli.kernels import speed_up
     from nli.model import add_lora, load_base
+    from nli.transformers_engine import TransformersEngine, generate_greedily
 
     tokenizer = model_and_tokenizer[1]
     prompts = read_watch(tokenised, tokenizer, 12, 512, seed=1).prompts
