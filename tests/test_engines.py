@@ -292,11 +292,11 @@ def test_a_label_that_breaks_or_is_no_number_fails_alone(build, requests, monkey
         if any(len(ids) > 100 for ids in prompts):
             raise ValueError("too long")
         logits = read(prompts, *rest)
-        logits[[len(ids) > 50 for ids in prompts]] = float("nan")
+        logits[[len(ids) > 60 for ids in prompts]] = float("nan")
         return logits
 
     monkeypatch.setattr(engine.slots, "read", read_that_breaks)
-    longer = [Request(render_student_prompt("dog " * count, "cats.")) for count in (30, 100)]
+    longer = [Request(render_student_prompt("dog " * count, "cats.")) for count in (60, 150)]
     generations = answer_all(engine, [*longer, *requests[:9]])
     assert [generation.problem for generation in generations] == ["the model's logits are not finite numbers", "ValueError: too long"] + [""] * 9
 
