@@ -1,22 +1,74 @@
-"""Engines that answer prompts with a causal LM.
+"""The engines that answer prompts with a causal LM, behind one small interface.
 
-    engine = TransformersEngine(base, adapter, quantization="nf4", compute_dtype="bf16", device="cuda:0", batch_size=32, max_new_tokens=512)
-    engine.generate(["[INST] Premise: …[/INST]", …])
-    -> [Generation(text='{"thought_process": …}', finish_reason="stop", num_prompt_tokens=61, num_completion_tokens=38, problem=""), …]
+    settings = EngineSettings(base, adapters=(), precision="nf4", compute_dtype="bf16", decoding=Decoding(), batch_size=0, device="cuda:0")
+    engine = build_engine("transformers", settings)
+    engine.submit(Request("[INST] Premise: …[/INST]")).result()
+    -> Generation(text='{"thought_process": …}', finish_reason="stop", num_prompt_tokens=61, num_completion_tokens=38, problem="", probability=0.98)
 
-Greedy decoding; `finish_reason` is "stop" when the model ended by EOS and "length" when the limit cut it. A prompt that cannot be encoded becomes a
-Generation with a problem and no text; the others are answered.
+`finish_reason` is "stop" when the model ended by EOS and "length" when the limit cut it. A prompt that cannot be answered becomes a Generation with a problem
+and no text; the others are answered. Only what ends the engine itself is raised, out of every future, as EngineDead.
 """
 
+import importlib.util
+from collections.abc import Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Literal, Protocol
 
-from nli.errors import DataError
-from nli.model import ComputeDtype, Quantization, load_adapter, load_base
-from nli.tokenization import encode_prompt, load_tokenizer
+from nli.errors import ModelError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+Precision = Literal["nf4", "bf16", "fp8", "fp32"]
+EngineName = Literal["auto", "vllm", "transformers"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to answer, and how."""
+
+    prompt: str
+    """rendered text, without BOS"""
+    adapter: str | None = None
+    """folder of the adapter that answers; None: the base (or merged model) itself"""
+    seed: int = 0
+    """of this sample, where the temperature is above 0: same seed, same answer, whatever else is in the batch"""
+    num_tokens: int | None = None
+    """write exactly so many tokens, EOS ignored (benchmarks); None: until EOS or the limit"""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are written, the same for every row of a run."""
+
+    max_new_tokens: int = 512
+    """most tokens of one answer"""
+    temperature: float = 0.0
+    """0: greedy"""
+    no_cot: bool = False
+    """no thought: the completion is an empty thought, and only its label is read"""
+    force_label: bool = False
+    """an answer that cannot be parsed is completed: its thought as far as it goes, then the likelier of the two label tokens"""
+    label_probability: bool = True
+    """read the probability of label 1"""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """All that an engine needs to know when it starts."""
+
+    base: str
+    """folder or hub name"""
+    adapters: tuple[str, ...]
+    """all adapter folders that requests may name"""
+    precision: Precision
+    """of the base's weights; fp8 is for vLLM only, fp32 for transformers only"""
+    compute_dtype: Literal["bf16", "fp32"]
+    """of matrix products where precision is nf4; bf16 and fp8 compute in bf16, fp32 in fp32"""
+    decoding: Decoding
+    """how answers are written"""
+    batch_size: int
+    """most rows at once; 0: the engine's own choice"""
+    device: str
+    """the device's name for torch: "cuda:0" or "cpu", among others"""
 
 
 @dataclass(frozen=True)
@@ -28,72 +80,61 @@ class Generation:
     num_prompt_tokens: int | None
     num_completion_tokens: int | None
     problem: str = ""
+    probability: float | None = None
+    """of label 1: softmax over the two label tokens at the label's place; None where the text has no such place"""
+    label_forced: bool = False
+    """the model did not write this label: `force_label` or `no_cot` did"""
 
 
-class TransformersEngine:
-    """transformers' `generate` on batches of prompts of similar length, so that little is padded."""
+class Engine(Protocol):
+    """Answers requests from any thread; those submitted while others run join them."""
 
-    def __init__(
-        self,
-        base_model: str,
-        adapter: str | None,
-        *,
-        quantization: Quantization,
-        compute_dtype: ComputeDtype,
-        device: str,
-        batch_size: int,
-        max_new_tokens: int,
-    ) -> None:
-        self.batch_size = batch_size
-        self.max_new_tokens = max_new_tokens
-        self.tokenizer = load_tokenizer(base_model)
-        model = load_base(base_model, quantization, compute_dtype, device)
-        self.model = (load_adapter(model, adapter) if adapter else model).eval()
+    description: str
+    """the engine, its version and its attention: "transformers 5.23.0, sdpa" for one"""
 
-    def generate(self, prompts: list[str]) -> list[Generation]:
-        """Answer prompts, in their order."""
-        encoded: dict[int, list[int]] = {}
-        generations: list[Generation | None] = [None] * len(prompts)
-        for index, prompt in enumerate(prompts):
-            try:
-                encoded[index] = encode_prompt(self.tokenizer, prompt)
-            except DataError as error:
-                generations[index] = Generation(None, None, None, None, str(error))
-        by_length = sorted(encoded, key=lambda index: len(encoded[index]))
-        for start in range(0, len(by_length), self.batch_size):
-            indices = by_length[start : start + self.batch_size]
-            for index, generation in zip(indices, self._generate_batch([encoded[index] for index in indices]), strict=True):
-                generations[index] = generation
-        return generations
+    def submit(self, request: Request) -> Future[Generation]:
+        """The answer to come. A request that breaks becomes a Generation with a problem; EngineDead is raised when the engine cannot go on."""
+        ...
 
-    def _generate_batch(self, batch: list[list[int]]) -> list[Generation]:
-        import torch
+    def figures(self) -> dict:
+        """{"load_seconds": 5.1, "compile_seconds": None, "peak_memory_gb": 31.2, "batch_size": 256, …}; batch_size after halvings, None: not known."""
+        ...
 
-        with torch.inference_mode():
-            return generate_greedily(self.model, self.tokenizer, batch, self.max_new_tokens)
+    def close(self) -> None:
+        """Give the memory back; no request may follow."""
+        ...
 
 
-def generate_greedily(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch: list[list[int]], max_new_tokens: int) -> list[Generation]:
-    """Continue each list of token ids, padded on the left, until EOS or the limit."""
-    import torch
+def choose_engine(name: EngineName, precision: Precision, device: str) -> str:
+    """Resolve "auto" to "vllm" or "transformers" and refuse, by ModelError, what cannot work.
 
-    pad, width = tokenizer.pad_token_id, max(map(len, batch))
-    output = model.generate(
-        input_ids=torch.tensor([[pad] * (width - len(ids)) + ids for ids in batch], device=model.device),
-        attention_mask=torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch], device=model.device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return [_read_completion(tokenizer, ids, completion) for ids, completion in zip(batch, output[:, width:].tolist(), strict=True)]
+    "auto" takes vLLM where it is installed, the device is a GPU and the precision is not fp32.
+    """
+    on_gpu, installed = device.startswith("cuda"), importlib.util.find_spec("vllm") is not None
+    if name == "auto":
+        name = "vllm" if installed and on_gpu and precision != "fp32" else "transformers"
+    if name == "vllm" and not installed:
+        raise ModelError('The engine vllm is not installed. Install the extra "gpu", or take engine transformers.')
+    if name == "vllm" and not on_gpu:
+        raise ModelError("The engine vllm needs a GPU. Take engine transformers on a CPU.")
+    if name == "vllm" and precision == "fp32":
+        raise ModelError("The precision fp32 is for engine transformers only.")
+    if name == "transformers" and precision == "fp8":
+        raise ModelError("The precision fp8 needs engine vllm, on a GPU. Take nf4 or bf16 with engine transformers.")
+    return name
 
 
-def _read_completion(tokenizer: "PreTrainedTokenizerBase", prompt_ids: list[int], completion: list[int]) -> Generation:
-    eos = tokenizer.eos_token_id
-    stopped = eos in completion
-    ids = completion[: completion.index(eos)] if stopped else completion
-    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    # Training joins prompt and completion by one space, which is not part of the answer.
-    return Generation(text.removeprefix(" "), "stop" if stopped else "length", len(prompt_ids), len(ids) + stopped)
+def build_engine(name: str, settings: EngineSettings) -> Engine:
+    """Load the model. Raises ModelError if it cannot be loaded as the settings say."""
+    if name == "vllm":
+        from nli.vllm_engine import VLLMEngine
+
+        return VLLMEngine(settings)
+    from nli.transformers_engine import TransformersEngine
+
+    return TransformersEngine(settings)
+
+
+def answer_all(engine: Engine, requests: Iterable[Request]) -> list[Generation]:
+    """Answers to requests, in their order."""
+    return [future.result() for future in [engine.submit(request) for request in requests]]

@@ -7,7 +7,8 @@
     ├── ResumeError         finished work exists that was made another way
     ├── ClusterError        the Ray cluster cannot be joined, or is too small for what is asked
     ├── TeacherError        the teacher's API refuses, or cannot be reached
-    └── ModelError          a base, adapter or checkpoint cannot be used as asked
+    ├── ModelError          a base, adapter or checkpoint cannot be used as asked
+    └── EngineDead          an engine cannot answer any more; a new process can
 
 All are picklable, because Ray carries them from worker to driver.
 """
@@ -43,3 +44,7 @@ class TeacherError(NLIError):
 
 class ModelError(NLIError):
     """A model folder, adapter or checkpoint does not fit what is asked of it."""
+
+
+class EngineDead(NLIError):
+    """An engine's GPU or process failed for good. The process that holds it must end, so that another takes its place."""

@@ -18,7 +18,7 @@ from typing import Literal
 from nli.checkpoints import describe_model, fingerprint_model
 from nli.cluster import check_gpu_choice, connected, spread
 from nli.config import Count, CountOrZero, config_class
-from nli.engines import Generation, TransformersEngine
+from nli.engines import Decoding, EngineSettings, Generation, Request, answer_all
 from nli.errors import DataError
 from nli.examples import is_labelled, read_examples
 from nli.model import check_base
@@ -27,6 +27,7 @@ from nli.prompts import STUDENT_PROMPT_NAME, render_student_prompt, student_prom
 from nli.records import is_correct, row_key
 from nli.runs import is_in_use, read_manifest, start_run
 from nli.storage import RowFile, resolve_input, resolve_output, sha256_file, write_atomic, write_csv
+from nli.transformers_engine import TransformersEngine
 
 CSV_COLUMNS = ("id", "premise", "hypothesis", "true_label", "predicted_label", "parse_status")
 
@@ -95,18 +96,16 @@ class Student:
 
     def __init__(self, base: str, adapter: str | None, answered_by: str, config: InferenceConfig, use_gpu: bool) -> None:
         self.answered_by = answered_by
-        self.engine = TransformersEngine(
-            base,
-            adapter,
-            quantization=config.quantization,
-            compute_dtype=config.compute_dtype,
-            device="cuda:0" if use_gpu else "cpu",
-            batch_size=config.batch_size,
-            max_new_tokens=config.max_new_tokens,
-        )
+        self.adapter = adapter
+        precision = "nf4" if config.quantization == "nf4" else config.compute_dtype
+        decoding = Decoding(max_new_tokens=config.max_new_tokens, label_probability=False)
+        device = "cuda:0" if use_gpu else "cpu"
+        adapters = (adapter,) if adapter else ()
+        self.engine = TransformersEngine(EngineSettings(base, adapters, precision, config.compute_dtype, decoding, config.batch_size, device))
 
     def __call__(self, rows: list[dict]) -> list[dict]:
-        generations = self.engine.generate([render_student_prompt(row["premise"], row["hypothesis"]) for row in rows])
+        requests = [Request(render_student_prompt(row["premise"], row["hypothesis"]), self.adapter) for row in rows]
+        generations = answer_all(self.engine, requests)
         return [to_answer(row, generation, self.answered_by) for row, generation in zip(rows, generations, strict=True)]
 
 

@@ -23,7 +23,8 @@ BANDS = {
     },
     "model": {
         *("tokenization", "model", "checkpoints", "engines", "saving", "preflight", "preflight_report", "watching", "watch_beside"),
-        *("memory", "attention", "batches", "kernels", "trainer", "tracking", "training"),
+        *("memory", "attention", "batches", "kernels", "trainer", "tracking", "training", "transformers_engine", "labels"),
+        *("slots", "answering"),
     },
     "stages": {"thoughts", "reflections", "sft_data", "sft", "sweep", "export", "inference", "evaluation", "account", "data_checks", "pipeline"},
 }
