@@ -24,6 +24,7 @@ BANDS = {
     "model": {
         *("tokenization", "model", "checkpoints", "engines", "saving", "preflight", "preflight_report", "watching", "watch_beside"),
         *("memory", "attention", "batches", "kernels", "trainer", "tracking", "training"),
+        *("vllm_engine", "vllm_setup", "vllm_adapters", "vllm_worker"),
     },
     "stages": {"thoughts", "reflections", "sft_data", "sft", "sweep", "export", "inference", "evaluation", "account", "data_checks", "pipeline"},
 }
