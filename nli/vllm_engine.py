@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 from nli.engines import EngineSettings, Generation, Request
 from nli.errors import DataError, EngineDead, ModelError
-from nli.labels import find_label, force_label, thought_so_far
+from nli.labels import find_label, force_label, read_completion, thought_so_far
 from nli.parsing import ParseStatus, parse_answer
 from nli.prompts import render_completion
-from nli.tokenization import encode_prompt, first_line, load_tokenizer
+from nli.tokenization import encode_prompt, load_tokenizer
 from nli.vllm_adapters import describe_adapter, prepare_adapter
 from nli.vllm_setup import build_arguments, set_environment, share_of_memory
 from nli.vllm_worker import OWNER
@@ -109,7 +109,7 @@ class VLLMEngine:
         try:
             longest = AutoConfig.from_pretrained(settings.base).max_position_embeddings
         except (OSError, ValueError) as error:
-            raise ModelError(f"{settings.base}: the model cannot be loaded ({first_line(error)}).") from None
+            raise ModelError(f"{settings.base}: the model cannot be loaded ({_reason(error)}).") from None
         arguments = build_arguments(settings, shapes, longest, share_of_memory(settings.device))
         self._longest = arguments["max_model_len"]
         self._batch_size = arguments["max_num_seqs"]
@@ -127,7 +127,7 @@ class VLLMEngine:
                 "vLLM's own lines above say why. If it is the GPU's memory: set a smaller batch_size, take precision fp8 or nf4, "
                 "or end the process that uses the GPU too."
             )
-            raise ModelError(f"{settings.base}: vLLM does not start with {settings.precision} ({first_line(error)}). {cure}") from error
+            raise ModelError(f"{settings.base}: vLLM does not start with {settings.precision} ({_reason(error)}). {cure}") from error
         finally:
             del os.environ[OWNER]
         for folder, lora in self._loras.items():
@@ -135,7 +135,7 @@ class VLLMEngine:
                 self._wait(self._engine.add_lora(lora))
             except Exception as error:
                 cure = "Take engine transformers, or merge the adapter with export and run what comes out."
-                raise ModelError(f"{folder}: vLLM cannot put the adapter on {settings.base} ({first_line(error)}). {cure}") from error
+                raise ModelError(f"{folder}: vLLM cannot put the adapter on {settings.base} ({_reason(error)}). {cure}") from error
 
     async def _launch(self, arguments: dict) -> Any:
         """vLLM's engine, made on the loop that it will run on."""
@@ -162,13 +162,13 @@ class VLLMEngine:
         try:
             return await (self._label_only(request, prompt) if self.settings.decoding.no_cot else self._write(request, prompt))
         except EngineDeadError as error:
-            raise EngineDead(f"vLLM's engine has ended ({first_line(error)}). Its own lines above say why.") from None
+            raise EngineDead(f"vLLM's engine has ended ({_reason(error)}). Its own lines above say why.") from None
         except EngineGenerateError as error:
             if self._engine is None or self._engine.errored:
-                raise EngineDead(f"vLLM's engine has ended ({first_line(error.__cause__ or error)}). Its own lines above say why.") from None
-            return _failed(f"vLLM failed on this row ({first_line(error.__cause__ or error)})", len(prompt))
+                raise EngineDead(f"vLLM's engine has ended ({_reason(error.__cause__ or error)}). Its own lines above say why.") from None
+            return _failed(f"vLLM failed on this row ({_reason(error.__cause__ or error)})", len(prompt))
         except (ValueError, DataError) as error:
-            return _failed(f"vLLM refuses this row ({first_line(error)})", len(prompt))
+            return _failed(f"vLLM refuses this row ({_reason(error)})", len(prompt))
         finally:
             self._answers.discard(task)
 
@@ -183,8 +183,7 @@ class VLLMEngine:
             return _failed(f"vLLM ended this row with {completion.finish_reason}", len(prompt))
         ids = list(completion.token_ids)
         written = ids[:-1] if completion.finish_reason == "stop" and ids[-1] == self.tokenizer.eos_token_id else ids
-        text = self.tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        text = text.removeprefix(" ")  # training joins prompt and completion by one space, which is not part of the answer
+        text = read_completion(self.tokenizer, written)
         probability = None
         if decoding.force_label and parse_answer(text, completion.finish_reason).status is not ParseStatus.OK:
             forced = await self._force(request, len(prompt), thought_so_far(text), len(ids) + 1)
@@ -199,11 +198,8 @@ class VLLMEngine:
         return forced or _failed(f"the prompt has {len(prompt)} tokens, and the engine takes {self._longest} with the answer", len(prompt))
 
     async def _force(self, request: Request, num_prompt: int, thought: str, num_completion: int) -> Generation | None:
-        """The answer of a thought and the likelier label; None where they have no room, or the thought holds what no text may."""
-        try:
-            ids, tokens = force_label(self.tokenizer, request.prompt, thought)
-        except DataError:
-            return None
+        """The answer of a thought and the likelier label; None where the prompt alone leaves no room for it."""
+        ids, tokens = force_label(self.tokenizer, request.prompt, thought, self._longest - 1)
         if len(ids) >= self._longest:
             return None
         probability = await self._read_label(request, ids, tokens)
@@ -253,3 +249,9 @@ def label_probability(no: float, yes: float) -> float:
 
 def _failed(problem: str, num_prompt: int | None = None) -> Generation:
     return Generation(None, None, num_prompt, None, problem)
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says, on one line: vLLM's say what matters on their second or third."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
