@@ -182,7 +182,7 @@ class VLLMEngine:
         if completion.finish_reason not in ("stop", "length"):
             return _failed(f"vLLM ended this row with {completion.finish_reason}", len(prompt))
         ids = list(completion.token_ids)
-        written = ids[:-1] if completion.finish_reason == "stop" and ids[-1] == self.tokenizer.eos_token_id else ids
+        written = ids[:-1] if completion.finish_reason == "stop" else ids  # the token that stopped it is the last one
         text = read_completion(self.tokenizer, written)
         probability = None
         if decoding.force_label and parse_answer(text, completion.finish_reason).status is not ParseStatus.OK:

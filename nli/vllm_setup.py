@@ -51,6 +51,10 @@ def build_arguments(settings: EngineSettings, adapters: Sequence[AdapterShape], 
     reads_labels = decoding.label_probability or decoding.force_label
     arguments = {
         "model": settings.base,
+        # Mistral's folders on the hub hold the model twice; this takes the files that training takes.
+        "config_format": "hf",
+        "load_format": "bitsandbytes" if settings.precision == "nf4" else "hf",
+        "tokenizer_mode": "hf",
         "skip_tokenizer_init": True,  # rows come and go as ids
         "generation_config": "vllm",  # no sampling parameters or stop tokens from the model's folder: a request has all of them
         "dtype": "bfloat16",

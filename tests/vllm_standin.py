@@ -16,7 +16,19 @@ MODULES = ("vllm", "vllm.inputs", "vllm.sampling_params", "vllm.lora", "vllm.lor
 MODULES += ("vllm.v1", "vllm.v1.engine", "vllm.v1.engine.async_llm", "vllm.v1.engine.exceptions")
 
 ARGUMENTS = {
-    *("model", "skip_tokenizer_init", "generation_config", "dtype", "quantization", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
+    *(
+        "model",
+        "config_format",
+        "load_format",
+        "tokenizer_mode",
+        "skip_tokenizer_init",
+        "generation_config",
+        "dtype",
+        "quantization",
+        "max_model_len",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+    ),
     *("cudagraph_capture_sizes", "gpu_memory_utilization", "enable_prefix_caching", "scheduling_policy", "distributed_executor_backend"),
     *("worker_extension_cls", "disable_log_stats", "enable_log_requests", "use_tqdm_on_load", "device_ids"),
     *("enable_lora", "max_loras", "max_cpu_loras", "max_lora_rank", "lora_target_modules"),
