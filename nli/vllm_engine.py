@@ -67,6 +67,8 @@ class VLLMEngine:
 
     def submit(self, request: Request) -> Future[Generation]:
         """The answer to come, from any thread."""
+        if self._engine is None:
+            raise EngineDead("the engine is closed")
         try:
             prompt = encode_prompt(self.tokenizer, request.prompt)
         except DataError as error:
@@ -163,12 +165,13 @@ class VLLMEngine:
             return await (self._label_only(request, prompt) if self.settings.decoding.no_cot else self._write(request, prompt))
         except EngineDeadError as error:
             raise EngineDead(f"vLLM's engine has ended ({_reason(error)}). Its own lines above say why.") from None
-        except EngineGenerateError as error:
-            if self._engine is None or self._engine.errored:
-                raise EngineDead(f"vLLM's engine has ended ({_reason(error.__cause__ or error)}). Its own lines above say why.") from None
-            return _failed(f"vLLM failed on this row ({_reason(error.__cause__ or error)})", len(prompt))
         except (ValueError, DataError) as error:
             return _failed(f"vLLM refuses this row ({_reason(error)})", len(prompt))
+        except Exception as error:  # whatever it is, the other rows go on, unless the engine does not
+            reason = _reason(error.__cause__ if isinstance(error, EngineGenerateError) and error.__cause__ else error)
+            if self._engine is None or self._engine.errored:
+                raise EngineDead(f"vLLM's engine has ended ({reason}). Its own lines above say why.") from None
+            return _failed(f"vLLM failed on this row ({reason})", len(prompt))
         finally:
             self._answers.discard(task)
 
@@ -253,5 +256,5 @@ def _failed(problem: str, num_prompt: int | None = None) -> Generation:
 
 def _reason(error: BaseException) -> str:
     """What an error says, on one line: vLLM's say what matters on their second or third."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= 300 else text[:297] + "..."

@@ -160,9 +160,9 @@ def test_a_refused_row_is_a_problem_and_the_others_are_answered(start, standin):
     assert long.text is None and "512" in long.problem
     assert good.text == ANSWER
     standin.write = lambda ids, adapter: ValueError("no such thing")
-    assert engine.submit(Request(PROMPT)).result(10).problem == "vLLM refuses this row (no such thing)"
+    assert engine.submit(Request(PROMPT)).result(10).problem == "vLLM refuses this row (ValueError: no such thing)"
     standin.write = lambda ids, adapter: KeyError("odd")
-    assert "odd" in engine.submit(Request(PROMPT)).result(10).problem
+    assert engine.submit(Request(PROMPT)).result(10).problem == "vLLM failed on this row (KeyError: 'odd')"
 
 
 def test_a_dead_engine_is_raised_out_of_every_answer(start, standin):
@@ -193,6 +193,8 @@ def test_closing_ends_the_engine_and_what_still_runs(start, standin):
     engine.close()
     assert waiting.cancelled() and standin.engine.closed
     engine.close()
+    with pytest.raises(EngineDead, match="closed"):
+        engine.submit(Request(PROMPT))
 
 
 def test_an_engine_that_does_not_start_says_what_to_set(start, standin):
