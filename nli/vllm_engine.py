@@ -17,7 +17,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -89,9 +89,8 @@ class VLLMEngine:
         if self._loop.is_closed():
             return
         try:
-            self._wait(self._cancel_answers())
-            if self._engine is not None:
-                self._engine.shutdown(timeout=_CLOSE_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                self._wait(self._stop(), timeout=3 * _CLOSE_SECONDS)
         finally:
             self._engine = None
             self._loop.call_soon_threadsafe(self._loop.stop)
@@ -146,15 +145,14 @@ class VLLMEngine:
 
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
 
-    def _wait(self, work: Coroutine) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+    def _wait(self, work: Coroutine, timeout: float | None = None) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout)
 
-    async def _cancel_answers(self) -> None:
-        answers = list(self._answers)
-        for answer in answers:
-            answer.cancel()
-        if answers:
-            await asyncio.wait(answers, timeout=_CLOSE_SECONDS)
+    async def _stop(self) -> None:
+        await _cancel(self._answers)  # while vLLM can still be told so
+        if self._engine is not None:
+            self._engine.shutdown(timeout=_CLOSE_SECONDS)
+        await _cancel(asyncio.all_tasks() - {asyncio.current_task()})
 
     async def _answer(self, request: Request, prompt: list[int]) -> Generation:
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -248,6 +246,14 @@ def label_probability(no: float, yes: float) -> float:
     """
     ratio = math.exp(-abs(yes - no))
     return 1 / (1 + ratio) if yes >= no else ratio / (1 + ratio)
+
+
+async def _cancel(tasks: Iterable[asyncio.Task]) -> None:
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=_CLOSE_SECONDS)
 
 
 def _failed(problem: str, num_prompt: int | None = None) -> Generation:
