@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Coroutine, Iterable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nli.engines import EngineSettings, Generation, Request
@@ -177,7 +178,7 @@ class VLLMEngine:
         """An answer, its label's probability and, where the config asks for it, the label that it lacks."""
         decoding = self.settings.decoding
         if len(prompt) >= self._longest:
-            return _failed(f"the prompt has {len(prompt)} tokens, and the engine takes {self._longest} with the answer", len(prompt))
+            return self._too_long(prompt)
         output = await self._ask(request, prompt, self._sampling(request, self._longest - len(prompt)))
         completion = output.outputs[0]
         if completion.finish_reason not in ("stop", "length"):
@@ -185,28 +186,27 @@ class VLLMEngine:
         ids = list(completion.token_ids)
         written = ids[:-1] if completion.finish_reason == "stop" else ids  # the token that stopped it is the last one
         text = read_completion(self.tokenizer, written)
-        probability = None
+        answer = Generation(text, completion.finish_reason, len(prompt), len(ids))
         if decoding.force_label and parse_answer(text, completion.finish_reason).status is not ParseStatus.OK:
-            forced = await self._force(request, len(prompt), thought_so_far(text), len(ids) + 1)
-            if forced is not None:
-                return forced
-        elif decoding.label_probability and (place := find_label(self.tokenizer, written, text)) is not None:
-            probability = await self._read_label(request, prompt + written[: place.index], place.tokens)
-        return Generation(text, completion.finish_reason, len(prompt), len(ids), probability=probability)
+            return await self._force(request, thought_so_far(text), answer) or answer
+        if decoding.label_probability and (place := find_label(self.tokenizer, written, text)) is not None:
+            return replace(answer, probability=await self._read_label(request, prompt + written[: place.index], place.tokens))
+        return answer
 
     async def _label_only(self, request: Request, prompt: list[int]) -> Generation:
-        forced = await self._force(request, len(prompt), "", 1)
-        return forced or _failed(f"the prompt has {len(prompt)} tokens, and the engine takes {self._longest} with the answer", len(prompt))
+        return await self._force(request, "", Generation(None, "stop", len(prompt), 1)) or self._too_long(prompt)
 
-    async def _force(self, request: Request, num_prompt: int, thought: str, num_completion: int) -> Generation | None:
-        """The answer of a thought and the likelier label; None where the prompt alone leaves no room for it."""
-        ids, tokens = force_label(self.tokenizer, request.prompt, thought, self._longest - 1)
+    async def _force(self, request: Request, thought: str, written: Generation) -> Generation | None:
+        """What was written, completed with the likelier label; None where the prompt leaves no room for one."""
+        ids, tokens, thought = force_label(self.tokenizer, request.prompt, thought, self._longest - 1)
         if len(ids) >= self._longest:
             return None
         probability = await self._read_label(request, ids, tokens)
-        text = render_completion(thought, int(probability > 0.5))
         shown = probability if self.settings.decoding.label_probability else None
-        return Generation(text, "stop", num_prompt, num_completion, probability=shown, label_forced=True)
+        return replace(written, text=render_completion(thought, int(probability > 0.5)), probability=shown, label_forced=True)
+
+    def _too_long(self, prompt: list[int]) -> Generation:
+        return _failed(f"the prompt has {len(prompt)} tokens, which leaves no room for an answer within the engine's {self._longest}", len(prompt))
 
     async def _read_label(self, request: Request, ids: list[int], tokens: tuple[int, int]) -> float:
         """P(label 1) where the label's token follows `ids`, by the model's own log-probabilities of the two."""
