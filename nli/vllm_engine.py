@@ -29,7 +29,7 @@ from nli.parsing import ParseStatus, parse_answer
 from nli.prompts import render_completion
 from nli.tokenization import encode_prompt, load_tokenizer
 from nli.vllm_adapters import describe_adapter, prepare_adapter
-from nli.vllm_setup import build_arguments, set_environment, share_of_memory
+from nli.vllm_setup import USUAL_LENGTH, build_arguments, set_environment, share_of_memory
 from nli.vllm_worker import OWNER
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class VLLMEngine:
             folders.append(prepare_adapter(folder, settings.base, os.path.join(self._adapters_folder.name, str(number))))
             shapes.append(describe_adapter(folders[-1]))
         try:
-            longest = AutoConfig.from_pretrained(settings.base).max_position_embeddings
+            longest = getattr(AutoConfig.from_pretrained(settings.base), "max_position_embeddings", USUAL_LENGTH)
         except (OSError, ValueError) as error:
             raise ModelError(f"{settings.base}: the model cannot be loaded ({_reason(error)}).") from None
         arguments = build_arguments(settings, shapes, longest, share_of_memory(settings.device))
@@ -164,7 +164,9 @@ class VLLMEngine:
             return await (self._label_only(request, prompt) if self.settings.decoding.no_cot else self._write(request, prompt))
         except EngineDeadError as error:
             raise EngineDead(f"vLLM's engine has ended ({_reason(error)}). Its own lines above say why.") from None
-        except (ValueError, DataError) as error:
+        except DataError as error:
+            return _failed(str(error), len(prompt))
+        except ValueError as error:
             return _failed(f"vLLM refuses this row ({_reason(error)})", len(prompt))
         except Exception as error:  # whatever it is, the other rows go on, unless the engine does not
             reason = _reason(error.__cause__ if isinstance(error, EngineGenerateError) and error.__cause__ else error)
@@ -211,14 +213,16 @@ class VLLMEngine:
     async def _read_label(self, request: Request, ids: list[int], tokens: tuple[int, int]) -> float:
         """P(label 1) where the label's token follows `ids`, by the model's own log-probabilities of the two."""
         output = await self._ask(request, ids, self._parameters(temperature=0.0, max_tokens=1, logprob_token_ids=list(tokens)), priority=-1)
-        found = output.outputs[0].logprobs[0]
-        return label_probability(found[tokens[0]].logprob, found[tokens[1]].logprob)
+        no, yes = (output.outputs[0].logprobs[0][token].logprob for token in tokens)
+        if not math.isfinite(yes - no):
+            raise DataError("the model's logits are not finite numbers")
+        return label_probability(no, yes)
 
     def _sampling(self, request: Request, room: int) -> "SamplingParams":
         temperature, fixed = self.settings.decoding.temperature, request.num_tokens
         return self._parameters(
             temperature=temperature,
-            seed=request.seed if temperature > 0 else None,
+            seed=request.seed % 2**63 if temperature > 0 else None,  # vLLM keeps it in 64 bits, and takes -1 for none
             max_tokens=min(room, fixed if fixed is not None else self.settings.decoding.max_new_tokens),
             ignore_eos=fixed is not None,
             stop_token_ids=[] if fixed is not None else [self.tokenizer.eos_token_id],  # nothing else stops: vLLM was given no tokenizer

@@ -101,6 +101,12 @@ def test_a_labels_probability_is_a_second_request_that_ends_before_the_label(sta
     assert second.priority < first.priority
 
 
+def test_logits_that_are_no_numbers_are_no_probability(start, standin):
+    standin.logprobs = (math.nan, -1.0)
+    answer = start().submit(Request(PROMPT)).result(10)
+    assert (answer.text, answer.problem) == (None, "the model's logits are not finite numbers")
+
+
 def test_a_text_without_a_label_has_no_probability_and_no_second_request(start, standin, tokenizer):
     standin.write = lambda ids, adapter: after_prompt(tokenizer, "Dogs are animals.")
     answer = start().submit(Request(PROMPT)).result(10)
