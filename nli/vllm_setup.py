@@ -1,0 +1,125 @@
+"""With what arguments vLLM starts: for a fixed set of prompts that shall be done soon, not for a server's latency.
+
+set_environment()
+build_arguments(settings, adapters=(), longest=32768, memory_share=0.9)  ->  {"model": "mistralai/Mistral-7B-v0.3", "dtype": "bfloat16", "max_num_seqs": 1024}
+"""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+
+from nli.engines import EngineSettings
+from nli.errors import ModelError
+from nli.vllm_adapters import AdapterShape, smallest_rank
+
+MOST_ROWS = 1024  # at once; a 7B's decode step is bound by the matrix products from some 500 rows on, and more rows only share them
+MOST_TOKENS = 16384  # of one step's prompts and answers together
+USUAL_LENGTH = 4096  # of prompt and answer; a model's own limit may be far above what a row can need
+PROMPT_ROOM = 2048  # left for the prompt where answers may be longer than that
+MOST_LORAS = 8  # in GPU memory at once; others wait in the host's memory
+# Of the GPU's memory, weights, activations and KV cache together. What is left holds the CUDA context and what fragments, which vLLM does not count.
+MEMORY_SHARE = 0.90
+SPARE_MIB = 2048  # left free where other processes use the GPU too
+
+QUANTIZATION = {"bf16": None, "fp8": "fp8", "nf4": "bitsandbytes"}
+
+ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_DO_NOT_TRACK": "1",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it serves top-k and top-p, which are never asked for, and compiles itself at the start
+}
+
+
+def set_environment() -> None:
+    """Set what vLLM reads when it is imported, where the user has not."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # this process has threads, and may have Ray's: a fork of them can hang
+
+
+def build_arguments(settings: EngineSettings, adapters: Sequence[AdapterShape], longest: int, memory_share: float) -> dict:
+    """Arguments of vLLM's AsyncEngineArgs. `longest` is the model's own limit of tokens. Raises ModelError for what vLLM cannot do."""
+    if settings.precision not in QUANTIZATION:
+        raise ModelError(f"The precision {settings.precision} is not for engine vllm. Take engine transformers.")
+    if settings.compute_dtype != "bf16":
+        raise ModelError(f"Engine vllm computes in bf16, not in {settings.compute_dtype}. Give compute_dtype bf16, or take engine transformers.")
+    decoding = settings.decoding
+    length = min(longest, max(USUAL_LENGTH, PROMPT_ROOM + decoding.max_new_tokens))
+    rows = settings.batch_size or MOST_ROWS
+    reads_labels = decoding.label_probability or decoding.force_label
+    arguments = {
+        "model": settings.base,
+        # Mistral's folders on the hub hold the model twice; this takes the files that training takes.
+        "config_format": "hf",
+        "load_format": "bitsandbytes" if settings.precision == "nf4" else "hf",
+        "tokenizer_mode": "hf",
+        "skip_tokenizer_init": True,  # rows come and go as ids
+        "generation_config": "vllm",  # no sampling parameters or stop tokens from the model's folder: a request has all of them
+        "dtype": "bfloat16",
+        "quantization": QUANTIZATION[settings.precision],
+        "max_model_len": length,
+        "max_num_seqs": rows,
+        "max_num_batched_tokens": max(rows, min(MOST_TOKENS, rows * length)),
+        "cudagraph_capture_sizes": capture_sizes(rows),
+        "gpu_memory_utilization": memory_share,
+        "enable_prefix_caching": (reads_labels and not decoding.no_cot) or decoding.temperature > 0,  # second passes over a row, samples of one prompt
+        "scheduling_policy": "priority",  # a row whose text is done reads its label before new rows start, while its blocks are in the cache
+        "distributed_executor_backend": "uni",  # one GPU: the engine's process is the worker; inside a Ray actor too
+        "worker_extension_cls": "nli.vllm_worker.WorkerExtension",
+        "disable_log_stats": True,
+        "enable_log_requests": False,
+        "use_tqdm_on_load": False,
+    }
+    index = settings.device.partition(":")[2]
+    if index not in ("", "0"):
+        arguments["device_ids"] = [int(index)]
+    if adapters:
+        arguments |= {
+            "enable_lora": True,
+            "max_loras": min(len(adapters), MOST_LORAS),
+            "max_cpu_loras": len(adapters),
+            "max_lora_rank": smallest_rank(adapter.rank for adapter in adapters),
+            # Without this every linear layer gets LoRA's kernels, those that no adapter changes too.
+            "lora_target_modules": sorted({module for adapter in adapters for module in adapter.modules}),
+        }
+    return arguments
+
+
+def capture_sizes(rows: int) -> list[int]:
+    """Batch sizes that get a CUDA graph of their own: all steps up to `rows` run in one, and the padding to the next stays below a fifth from 8 on.
+
+    32 sizes for 1,024 rows: fewer than the 51 that vLLM would capture up to 512, so that the start is no slower.
+    """
+    steps = [1, 2, 4, 8, *range(16, 128, 16), *range(128, 512, 32), *range(512, rows, 64)]
+    return [size for size in steps if size < rows] + [rows]
+
+
+def share_of_memory(device: str) -> float:
+    """The share of the GPU's memory to take: MEMORY_SHARE, or what other processes leave. Raises ModelError if that is next to nothing."""
+    found = read_gpu_memory(device)
+    if found is None:
+        return MEMORY_SHARE
+    total, used = found
+    free = (total - used - SPARE_MIB) / total
+    if free < 0.05:
+        cure = "End the process that uses it, or take another GPU."
+        raise ModelError(f"The GPU has {total - used:,} of {total:,} MiB free, too little to start an engine on. {cure}")
+    return min(MEMORY_SHARE, int(free * 100) / 100)
+
+
+def read_gpu_memory(device: str) -> tuple[int, int] | None:
+    """MiB that a GPU has and that are used, by the driver's own tool, which needs no CUDA context here; None where it cannot tell."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    index = int(device.partition(":")[2] or 0)
+    visible = [entry for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry]
+    name = visible[index] if index < len(visible) else str(index)
+    query = ["nvidia-smi", "--query-gpu=memory.total,memory.used", "--format=csv,noheader,nounits", "-i", name]
+    found = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    try:
+        total, used = found.stdout.strip().splitlines()[0].split(",")
+        return int(total), int(used)
+    except (IndexError, ValueError):
+        return None
