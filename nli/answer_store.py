@@ -95,7 +95,9 @@ class AnswerStore:
         for start in range(0, len(keys), CHUNK):
             part = keys[start : start + CHUNK]
             with self._explaining():
-                yield from self._db.execute(f"SELECT {columns} FROM answers WHERE key IN ({','.join('?' * len(part))}) {condition}", (*part, *values)).fetchall()
+                yield from self._db.execute(
+                    f"SELECT {columns} FROM answers WHERE key IN ({','.join('?' * len(part))}) {condition}", (*part, *values)
+                ).fetchall()
 
     @contextlib.contextmanager
     def _explaining(self) -> Iterator[None]:

@@ -67,7 +67,7 @@ class Desk:
         """`Leases.take`, with the rows. Those that are stored already are left out."""
         self._first_at = self._first_at or time.time()
         try:
-            while (numbers := self._leases.take(worker, most)):
+            while numbers := self._leases.take(worker, most):
                 work = [Work(*item) for item in read_pending_work(self._worklist, numbers)]
                 stored = self._find_stored(work)
                 self._leases.finish(worker, [item.number for item in work if item.number in stored])

@@ -17,7 +17,7 @@ precision, prompt, decoding and data. Further adapters of the same base are answ
 import contextlib
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -219,6 +219,7 @@ def open_results(
     is_new = not files["answers.sqlite"].exists()
     has_work = files["jsonl"].exists() or not is_new
     record = start_run(files["manifest.json"], "inference", identity, config, [source], has_work)
+    stack.enter_context(_stopping_on_error(record))
     store = stack.enter_context(contextlib.closing(AnswerStore(files["answers.sqlite"])))
     store.check()
     if is_new and files["jsonl"].exists():
@@ -322,7 +323,9 @@ def summarise(name: str, tally: Tally, counts: Mapping, timing: Mapping) -> str:
         memory = f", peak memory {timing['peak_memory_gb']:.1f} GB" if timing["peak_memory_gb"] else ""
         lines.append(f"  {timing['rows_per_second']:.1f} rows/s, {timing['tokens_per_second']:.0f} tokens/s{memory}")
         parts = {"load": timing["load_seconds"], "compile": timing["compile_seconds"], "rows": timing["row_seconds"]}
-        lines.append("  " + ", ".join(f"{part} {seconds:.1f} s" for part, seconds in parts.items() if seconds is not None) + f", in all {timing['seconds']:.1f} s")
+        lines.append(
+            "  " + ", ".join(f"{part} {seconds:.1f} s" for part, seconds in parts.items() if seconds is not None) + f", in all {timing['seconds']:.1f} s"
+        )
     return "\n".join(lines)
 
 
@@ -339,6 +342,15 @@ def find_interrupted(folder: Path, identity: Mapping, source: Path) -> str | Non
 def name_results(model: str, precision: str, source: Path) -> str:
     """{model}-{precision}-{dataset}-{timestamp}, a checkpoint with its run's name."""
     return f"{model}-{precision}-{source.stem}-{datetime.now(UTC).strftime('%Y%m%d_%H%M%S')}"
+
+
+@contextlib.contextmanager
+def _stopping_on_error(record: Run) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        record.stop(record.manifest["counts"])
+        raise
 
 
 def _name(model: str) -> str:

@@ -1,8 +1,8 @@
 """The files of one inference run, written from its rows and its store without holding either in memory.
 
-    tally = write_answers(worklist, store, Path("results/reflected.jsonl"))       every row with its answer, in input order
-    write_table(Path("results/reflected.jsonl"))                                  results/reflected.csv
-    write_report(Path("results/reflected.jsonl"), head)                           results/reflected.json: the head, then one row a line
+tally = write_answers(worklist, store, Path("results/reflected.jsonl"))       every row with its answer, in input order
+write_table(Path("results/reflected.jsonl"))                                  results/reflected.csv
+write_report(Path("results/reflected.jsonl"), head)                           results/reflected.json: the head, then one row a line
 """
 
 import csv

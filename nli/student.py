@@ -70,7 +70,9 @@ class Student:
             except NLIError:
                 raise
             except Exception as error:
-                raise ModelError(f"The engine {engine_name} cannot load {settings.base} ({type(error).__name__}: {error}). Its log: {describe_log()}") from error
+                raise ModelError(
+                    f"The engine {engine_name} cannot load {settings.base} ({type(error).__name__}: {error}). Its log: {describe_log()}"
+                ) from error
         self._puts = Gatherer(self._put, PUT_SECONDS)
         self._tickets: deque[_Ticket] = deque()
         self._num_running = 0
