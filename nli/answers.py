@@ -1,7 +1,7 @@
 """From what an engine wrote to a row's answer: one text, or a vote among several.
 
 to_answer({"answered_by": "reflected", …}, [Generation('{"thought_process": "Dogs are animals.", "predicted_label": 1}', "stop", 61, 17, probability=0.98)])
--> {"answered_by": "reflected", …, "raw_text": …, "thought_process": "Dogs are animals.", "predicted_label": 1, "parse_status": "ok", "label_probability": 0.98, …}
+-> {"answered_by": "reflected", …, "raw_text": …, "thought_process": "Dogs are animals.", "predicted_label": 1, "label_probability": 0.98, …}
 
 vote([<label 1>, <unparsed>, <label 0>, <label 1>])   -> the first answer with label 1, and "votes": [1, 2]
 """

@@ -77,7 +77,7 @@ class Desk:
         except NLIError as error:
             return error
 
-    async def put(self, worker: str, finished: list[Finished], figures: dict) -> None | NLIError:
+    async def put(self, worker: str, finished: list[Finished], figures: dict) -> NLIError | None:
         """Store a worker's answers; they are on disk when it returns."""
         self._figures[worker] = figures
         try:

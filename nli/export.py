@@ -16,13 +16,14 @@ import gc
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from nli.checkpoints import CARD, WEIGHTS, describe_model, fingerprint_model, flush_to_disk, read_card
 from nli.cluster import check_gpu_choice, connected, own_error
 from nli.config import Count, CountOrZero, as_dict, config_class
-from nli.engines import Generation
+from nli.engines import Decoding, EngineSettings, Generation, Request, answer_all
 from nli.errors import ConfigError, DataError, ModelError, ResumeError
 from nli.model import check_base, load_adapter, load_base
 from nli.parsing import ParseStatus, parse_answer
@@ -115,10 +116,10 @@ def run_worker(job: dict, config: ExportConfig) -> None:
 def export_worker(job: dict) -> None:
     """Answer with the adapter, merge, answer with the merged model, write the report, rename."""
     config, output, card = ExportConfig(**job["config"]), Path(job["output"]), job["card"]
-    settings = {"device": job["device"], "batch_size": config.batch_size, "max_new_tokens": config.max_new_tokens}
-    engine = TransformersEngine(job["base"], job["adapter"], quantization=card["quantization"], compute_dtype=card["compute_dtype"], **settings)
-    before = answer_rows(engine, job["rows"])
-    del engine
+    decoding = Decoding(max_new_tokens=config.max_new_tokens, label_probability=False)
+    precision = card["compute_dtype"] if card["quantization"] == "none" else card["quantization"]
+    settings = EngineSettings(job["base"], (job["adapter"],), precision, card["compute_dtype"], decoding, config.batch_size, job["device"])
+    before = answer_rows(settings, job["rows"])
     free_memory()
     aside = output.with_name(f".{output.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -126,8 +127,8 @@ def export_worker(job: dict) -> None:
     free_memory()
     provenance = {"merged": config.form, "precision": "bf16", "adapter": job["adapter"], "adapter_sha256": job["identity"]["adapter_sha256"]}
     write_atomic(aside / CARD, json.dumps(card | provenance, indent=2, ensure_ascii=False) + "\n")
-    engine = TransformersEngine(str(aside), None, quantization="none", compute_dtype="bf16", **settings)
-    check = compare_answers(job["rows"], before, answer_rows(engine, job["rows"]))
+    settings = replace(settings, base=str(aside), adapters=(), precision="bf16")
+    check = compare_answers(job["rows"], before, answer_rows(settings, job["rows"]))
     report = job["identity"] | {"base_model": job["base"], "adapter": job["adapter"], "check": check, "config": job["config"]}
     report |= {"trained_on": {"quantization": card["quantization"], "compute_dtype": card["compute_dtype"]}}
     report |= {"commit": read_commit(), "versions": read_versions(), "hardware": read_hardware(), "device": job["device"]}
@@ -174,14 +175,16 @@ def read_rows(config: ExportConfig, adapter: Path) -> list[dict]:
     return [rows[index * len(rows) // count] for index in range(count)]
 
 
-def answer_rows(engine: TransformersEngine, rows: Sequence[dict]) -> tuple[list[Generation], list["torch.Tensor"], list["torch.Tensor"]]:
+def answer_rows(settings: EngineSettings, rows: Sequence[dict]) -> tuple[list[Generation], list["torch.Tensor"], list["torch.Tensor"]]:
     """Greedy answers, and the logits before the first token and before the label of each row's own completion."""
-    generations = engine.generate([row["prompt"] for row in rows])
+    engine = TransformersEngine(settings)
+    generations = answer_all(engine, [Request(row["prompt"], next(iter(settings.adapters), None)) for row in rows])
     first, label = [], []
     for row in rows:
         at_first, at_label = read_logits(engine.model, engine.tokenizer, row)
         first.append(at_first)
         label += [at_label] if at_label is not None else []
+    engine.close()
     return generations, first, label
 
 

@@ -240,7 +240,7 @@ def answer(config: InferenceConfig, engine: str, settings: EngineSettings, sets:
 
     num_workers = config.num_workers or max(1, num_gpus if settings.device != "cpu" else 1)
     num_pending = sum(each.num_pending for each in sets)
-    size = plan_ticket(engine, config)
+    size = plan_ticket(engine, config, settings.device)
     desk = start_desk(worklist.path, [each.store.path for each in sets], size * TICKETS_AT_ONCE, [each.target.frame for each in sets])
     # More tickets than rows: a worker that is ready late, or comes to a cluster that grows, finds some. Without rows they end at once.
     spare = max(num_workers, config.max_workers) * (TICKETS_AT_ONCE + 2)
@@ -273,10 +273,13 @@ def answer(config: InferenceConfig, engine: str, settings: EngineSettings, sets:
     return figures
 
 
-def plan_ticket(engine: str, config: InferenceConfig) -> int:
-    """Rows that one ticket is worth: all tickets of a worker together keep its engine full, with a half more to draw from."""
-    at_once = config.batch_size or (1024 if engine == "vllm" else 32)
-    rows = (4 if config.no_cot else 1.5) * (4 if engine == "transformers" else 1) * at_once / config.num_samples
+def plan_ticket(engine: str, config: InferenceConfig, device: str) -> int:
+    """Rows that one ticket is worth: all tickets of a worker together hold more rows than its engine works on at once.
+
+    vLLM needs a half more to be full at all times, transformers several times as many to sort by length. Without thoughts rows pass by in no time.
+    """
+    at_once = config.batch_size or {"vllm": 1024, "transformers": 32 if device == "cpu" else 256}[engine]
+    rows = (4 if config.no_cot or engine == "transformers" else 1.5) * at_once / config.num_samples
     return max(1, round(rows / (TICKETS_AT_ONCE - 1)))
 
 

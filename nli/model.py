@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 Quantization = Literal["nf4", "int8", "none"]
 ComputeDtype = Literal["bf16", "fp32"]
 
+SPARE_BYTES = 8 * 2**30
+"""room for keys and values that must be left on a GPU when NF4 weights are multiplied out"""
+
 
 def torch_dtype(name: ComputeDtype) -> "torch.dtype":
     """The torch type of a config's `compute_dtype`."""
@@ -91,6 +94,26 @@ def keep_weights_in_evaluations(model: "PreTrainedModel") -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def multiply_out(model: "PreTrainedModel", device: str) -> "PreTrainedModel":
+    """Replace NF4 weights by what bitsandbytes makes of them in each forward pass, where a GPU has room for that."""
+    import torch
+
+    if device.startswith("cuda"):
+        wanted = sum(module.in_features * module.out_features for module in model.modules() if type(module).__name__ == "Linear4bit") * model.dtype.itemsize
+        free = torch.cuda.mem_get_info(device)[0]
+        if free < 1.1 * wanted + SPARE_BYTES:
+            print(f"model: weights stay in NF4: multiplied out they need {wanted / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free", flush=True)
+            return model
+    return model.dequantize(model.dtype)
+
+
+def read_longest(model: "PreTrainedModel") -> int | None:
+    """How many tokens the model can attend to at once; None: no limit is known."""
+    config = model.config.get_text_config()
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
+    return min((limit for limit in limits if limit), default=None)
+
+
 def add_lora(model: "PreTrainedModel", rank: int, alpha: int, dropout: float, target_modules: tuple[str, ...]) -> "PeftModel":
     """Put fresh adapters on the named modules. Raises ModelError if the model has none of them."""
     from peft import LoraConfig, get_peft_model
@@ -102,13 +125,16 @@ def add_lora(model: "PreTrainedModel", rank: int, alpha: int, dropout: float, ta
         raise ModelError(f"no adapters can be put on {', '.join(target_modules)}: {first_line(error)}") from None
 
 
-def load_adapter(model: "PreTrainedModel", folder: str) -> "PeftModel":
-    """The base with the adapter of a folder, for inference. Raises ModelError."""
+def load_adapter(model: "PreTrainedModel | PeftModel", folder: str, name: str = "default") -> "PeftModel":
+    """The base with the adapter of a folder, for inference, beside those that it has already. Raises ModelError."""
     from peft import PeftModel
     from safetensors import SafetensorError
 
     try:
-        return PeftModel.from_pretrained(model, folder)
+        if not isinstance(model, PeftModel):
+            return PeftModel.from_pretrained(model, folder, adapter_name=name)
+        model.load_adapter(folder, adapter_name=name)
+        return model
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: the adapter cannot be put on this base ({first_line(error)}).") from None
 

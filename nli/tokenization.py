@@ -60,7 +60,7 @@ def choose_pad_token(tokenizer: "PreTrainedTokenizerBase") -> str:
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
     """BOS and the prompt's ids. Raises DataError if the pair's text holds a control token, which would change the prompt's meaning."""
     ids = tokenizer.encode(prompt, add_special_tokens=False)
-    special = _special_ids(tokenizer)
+    special = control_ids(tokenizer)
     framed = len(ids) > 1 and ids[0] in special and ids[-1] in special
     _refuse_special(tokenizer, ids[1:-1] if framed else ids, special)
     return [tokenizer.bos_token_id, *ids]
@@ -75,13 +75,14 @@ def encode_example(tokenizer: "PreTrainedTokenizerBase", prompt: str, completion
     ids = [tokenizer.bos_token_id, *tokenizer.encode(f"{prompt} {completion}", add_special_tokens=False), tokenizer.eos_token_id]
     if ids[: len(prompt_ids)] != prompt_ids:
         raise DataError("the tokenizer joins the prompt's end and the completion's start in one token, so that no mask can part them")
-    _refuse_special(tokenizer, ids[len(prompt_ids) : -1], _special_ids(tokenizer))
+    _refuse_special(tokenizer, ids[len(prompt_ids) : -1], control_ids(tokenizer))
     labels = [IGNORED_LABEL] * len(prompt_ids) + ids[len(prompt_ids) :]
     return TokenisedExample(ids, labels)
 
 
 @functools.lru_cache(maxsize=8)  # a vocabulary of control tokens takes longer to list than a row to encode
-def _special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+def control_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """Ids of the tokens that are no text: BOS, EOS, `[INST]` and the like."""
     return set(tokenizer.all_special_ids) | {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 

@@ -1,88 +1,343 @@
-"""Engines that answer prompts with a causal LM.
+"""The engine that needs nothing but transformers: rows share a batch, come in when there is room and leave it when they have ended.
 
-    engine = TransformersEngine(base, adapter, quantization="nf4", compute_dtype="bf16", device="cuda:0", batch_size=32, max_new_tokens=512)
-    engine.generate(["[INST] Premise: …[/INST]", …])
-    -> [Generation(text='{"thought_process": …}', finish_reason="stop", num_prompt_tokens=61, num_completion_tokens=38, problem=""), …]
+    engine = TransformersEngine(EngineSettings(base, (adapter,), "nf4", "bf16", Decoding(max_new_tokens=512), batch_size=0, device="cuda:0"))
+    futures = [engine.submit(Request(prompt, adapter)) for prompt in prompts]
 
-Greedy decoding; `finish_reason` is "stop" when the model ended by EOS and "length" when the limit cut it. A prompt that cannot be encoded becomes a
-Generation with a problem and no text; the others are answered.
+One thread drains what was submitted, sorts it by adapter and length, and writes; a future is resolved when its own row ends. A batch has one adapter. Weights
+in NF4 are multiplied out once after loading where there is room: bitsandbytes would do it in every step.
 """
 
-from typing import TYPE_CHECKING
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Literal
 
-from nli.engines import Generation
-from nli.errors import DataError
-from nli.model import ComputeDtype, Quantization, load_adapter, load_base
-from nli.tokenization import encode_prompt, load_tokenizer
+from nli.answering import Row, admit, choose_tokens, draw, fail, finish, finish_label, list_partners
+from nli.engines import EngineSettings, Generation, Request
+from nli.errors import DataError, EngineDead, ModelError
+from nli.model import load_adapter, load_base, multiply_out, read_longest
+from nli.slots import Slots
+from nli.tokenization import first_line, load_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+
+GPU_ROWS, CPU_ROWS = 256, 32
+"""rows at once where the settings leave it open"""
+GPU_TOKENS, CPU_TOKENS = 32768, 4096
+"""tokens of prompts, padding included, in one forward pass"""
+GPU_STEPS, CPU_STEPS = 8, 1
+"""steps between two looks at which rows have ended: each look waits for the GPU"""
+
+Failure = tuple[Literal["memory", "other"], str]
 
 
 class TransformersEngine:
-    """transformers' `generate` on batches of prompts of similar length, so that little is padded."""
+    """Engine over transformers; `nli.engines.Engine` says what its methods do."""
 
-    def __init__(
-        self,
-        base_model: str,
-        adapter: str | None,
-        *,
-        quantization: Quantization,
-        compute_dtype: ComputeDtype,
-        device: str,
-        batch_size: int,
-        max_new_tokens: int,
-    ) -> None:
-        self.batch_size = batch_size
-        self.max_new_tokens = max_new_tokens
-        self.tokenizer = load_tokenizer(base_model)
-        model = load_base(base_model, quantization, compute_dtype, device)
-        self.model = (load_adapter(model, adapter) if adapter else model).eval()
+    def __init__(self, settings: EngineSettings) -> None:
+        import transformers
 
-    def generate(self, prompts: list[str]) -> list[Generation]:
-        """Answer prompts, in their order."""
-        encoded: dict[int, list[int]] = {}
-        generations: list[Generation | None] = [None] * len(prompts)
-        for index, prompt in enumerate(prompts):
-            try:
-                encoded[index] = encode_prompt(self.tokenizer, prompt)
-            except DataError as error:
-                generations[index] = Generation(None, None, None, None, str(error))
-        by_length = sorted(encoded, key=lambda index: len(encoded[index]))
-        for start in range(0, len(by_length), self.batch_size):
-            indices = by_length[start : start + self.batch_size]
-            for index, generation in zip(indices, self._generate_batch([encoded[index] for index in indices]), strict=True):
-                generations[index] = generation
-        return generations
+        started = time.monotonic()
+        on_gpu = settings.device.startswith("cuda")
+        self.decoding, self.device = settings.decoding, settings.device
+        self.tokenizer = load_tokenizer(settings.base)
+        self.whole, self.adapters = load_model(settings)
+        self.model = self.whole.get_base_model() if settings.adapters else self.whole
+        self.adapter: str | None = ""  # in use: none chosen yet
+        self.batch_size = settings.batch_size or (GPU_ROWS if on_gpu else CPU_ROWS)
+        self.most_tokens, self.steps = (GPU_TOKENS, GPU_STEPS) if on_gpu else (CPU_TOKENS, CPU_STEPS)
+        self.longest = read_longest(self.model)
+        self.slots = Slots(self.model, self.longest)
+        self.partners = list_partners(self.tokenizer, 0, self.device)
+        self.description = f"transformers {transformers.__version__}, {self.model.config._attn_implementation}"
+        self.counts = {"rows": 0, "completion_tokens": 0, "steps": 0, "step_rows": 0, "labels_forced": 0}
+        self.load_seconds = round(time.monotonic() - started, 2)
 
-    def _generate_batch(self, batch: list[list[int]]) -> list[Generation]:
+        self.inbox: queue.SimpleQueue = queue.SimpleQueue()
+        self.lock = threading.Lock()
+        self.dead: EngineDead | None = None
+        self.waiting: dict[str | None, list[Row]] = {name: [] for name in self.adapters}
+        self.labels: dict[str | None, list[Row]] = {name: [] for name in self.adapters}
+        self.apart: list[list[Row]] = []  # groups with a row that breaks, each to be tried without others
+        self.active: list[Row] = []  # by slot
+        self.thread = threading.Thread(target=self._work, name="transformers engine", daemon=True)
+        self.thread.start()
+
+    def submit(self, request: Request) -> Future[Generation]:
+        future: Future[Generation] = Future()
+        with self.lock:
+            if self.dead:
+                future.set_exception(self.dead)
+            else:
+                self.inbox.put((request, future))
+        return future
+
+    def figures(self) -> dict:
         import torch
 
-        with torch.inference_mode():
-            return generate_greedily(self.model, self.tokenizer, batch, self.max_new_tokens)
+        peak = round(torch.cuda.max_memory_allocated(self.device) / 1e9, 2) if self.device.startswith("cuda") else None
+        return {"load_seconds": self.load_seconds, "compile_seconds": None, "peak_memory_gb": peak, "batch_size": self.batch_size, **self.counts}
+
+    def close(self) -> None:
+        self._end(EngineDead("The engine was closed."))
+        self.inbox.put(None)
+        self.thread.join()
+        if self.slots is not None:
+            self.slots.close()
+        self.model = self.whole = self.slots = None
+        if self.device.startswith("cuda"):
+            import torch
+
+            torch.cuda.empty_cache()
+
+    def _work(self) -> None:
+        """What the thread does."""
+        import torch
+
+        try:
+            if self.device.startswith("cuda"):
+                torch.cuda.set_device(self.device)
+            with torch.inference_mode():
+                while self._take():
+                    self._turn()
+        except EngineDead as error:
+            self._end(error)
+        except BaseException as error:  # nobody else would ever resolve the futures
+            self._end(EngineDead(f"The transformers engine failed: {type(error).__name__}: {first_line(error)}"))
+        groups = (self.active, *self.waiting.values(), *self.labels.values(), *self.apart)
+        futures = [row.future for rows in groups for row in rows]
+        while not self.inbox.empty():
+            futures += [item[1] for item in [self.inbox.get()] if item is not None]
+        for future in futures:
+            if not future.done():
+                future.set_exception(self.dead)
+
+    def _end(self, error: EngineDead) -> None:
+        with self.lock:
+            self.dead = self.dead or error
+
+    def _take(self) -> bool:
+        """Take in what was submitted, and wait for it where there is nothing else to do; False when the engine is to end."""
+        taken = False
+        while not self.inbox.empty() or not (taken or self.active or self.apart or any(self.waiting.values()) or any(self.labels.values())):
+            item = self.inbox.get()
+            if item is None:
+                return False
+            taken = True
+            if item[1].set_running_or_notify_cancel():
+                self._admit(*item)
+        if taken:
+            self._sort()
+        return self.dead is None
+
+    def _sort(self) -> None:
+        for rows in (*self.waiting.values(), *self.labels.values()):
+            rows.sort(key=lambda row: len(row.ids))
+
+    def _admit(self, request: Request, future: Future) -> None:
+        try:
+            if request.adapter not in self.adapters:
+                raise DataError(f"the adapter {request.adapter} is none of those that the engine was started with")
+            self._queue([admit(self.tokenizer, request, future, self.decoding, self.longest)])
+        except Exception as error:  # whatever is wrong with one prompt concerns no other
+            future.set_result(Generation(None, None, None, None, first_line(error)))
+
+    def _queue(self, rows: list[Row]) -> None:
+        for row in rows:
+            (self.labels if row.label_tokens else self.waiting)[row.request.adapter].append(row.restart())
+
+    def _turn(self) -> None:
+        """Read prompts where there is room for enough of them, else write some tokens of every row."""
+        if not self.active:
+            if self.apart:
+                self._try_apart(self.apart.pop())
+                return
+            self._use_adapter(max(self.adapters, key=lambda name: (len(self.waiting[name]) + len(self.labels[name]), name == self.adapter)))
+        waiting, labels = self.waiting[self.adapter], self.labels[self.adapter]
+        free = self.batch_size - len(self.active)
+        if waiting and free >= max(1, min(self.batch_size // 8, len(waiting))):
+            self._read(_pop_longest(waiting, free, self.most_tokens))
+        elif labels and (len(labels) >= self.batch_size or not (self.active or waiting)):
+            self._sort()
+            self._read_labels(_pop_longest(labels, len(labels), self.most_tokens))
+        elif self.active:
+            self._write()
+
+    def _try_apart(self, rows: list[Row]) -> None:
+        """Bring a group with a row that breaks to its end, with no others beside it."""
+        self._use_adapter(rows[0].request.adapter)
+        (self._read_labels if rows[0].label_tokens else self._read)(rows)
+        while self.active:
+            self._write()
+
+    def _use_adapter(self, name: str | None) -> None:
+        if self.whole is not self.model and name != self.adapter:
+            if name is None:
+                self.whole.base_model.disable_adapter_layers()
+            else:
+                self.whole.base_model.enable_adapter_layers()
+                self.whole.set_adapter(self.adapters[name])
+        self.adapter = name
+
+    def _choose(self, logits, draws) -> list:
+        if len(self.partners) != logits.shape[-1]:
+            self.partners = list_partners(self.tokenizer, logits.shape[-1], self.device)
+        return list(choose_tokens(logits, self.partners, self.decoding.temperature, draws))
+
+    def _read(self, rows: list[Row]) -> None:
+        """Read prompts into free slots, and write their first tokens."""
+
+        def forward() -> list:
+            return [tensor.tolist() for tensor in self._choose(self.slots.prefill([row.ids for row in rows]), draw(rows, 1, self.device)[0])]
+
+        first, failure = self._attempt(forward)
+        if failure:
+            self._mend(failure, rows)
+            return
+        self.active += rows
+        self._collect([first], rows)
+
+    def _write(self) -> None:
+        """Write as many tokens of all rows as may be written between two looks at them."""
+        import torch
+
+        steps = min(self.steps, max(row.most - len(row.tokens) for row in self.active))
+
+        def forward() -> list:
+            chosen = [torch.tensor([row.tokens[-1] for row in self.active], device=self.device)]
+            written = []
+            for draws in draw(self.active, steps, self.device):
+                chosen = self._choose(self.slots.step(chosen[0]), draws)
+                written.append(chosen)
+            return [[tensor.tolist() for tensor in chosen] for chosen in written]
+
+        written, failure = self._attempt(forward)
+        if failure:
+            self._mend(failure, self.active)
+            return
+        self.counts["steps"] += steps
+        self.counts["step_rows"] += steps * len(self.active)
+        self._collect(written, self.active)
+
+    def _read_labels(self, rows: list[Row]) -> None:
+        """Read texts that lack only their label."""
+        import torch
+
+        def forward() -> list[float]:
+            logits = self.slots.read([row.ids for row in rows])
+            return logits.gather(1, torch.tensor([row.label_tokens for row in rows], device=self.device)).diff(dim=-1)[:, 0].tolist()
+
+        margins, failure = self._attempt(forward)
+        if failure:
+            self._mend(failure, rows)
+            return
+        for row, margin in zip(rows, margins, strict=True):
+            self._resolve(row, finish_label(row, margin, self.decoding))
+
+    def _collect(self, written: list, rows: list[Row]) -> None:
+        """Add to the rows what was written, give up the slots of those that have ended, and resolve these."""
+        eos = self.tokenizer.eos_token_id
+        ended = []
+        for row, *series in zip(rows, *(zip(*step, strict=True) for step in written), strict=True):
+            if any(row.add(token, margin, eos) for token, margin in series):  # what a row writes after its end is passed over
+                ended.append(row)
+        if ended:
+            self._leave(set(ended))
+        for row in ended:
+            generation = finish(self.tokenizer, row, self.decoding, self.longest)
+            if generation is None:
+                self.labels[row.request.adapter].append(row)
+            else:
+                self._resolve(row, generation)
+
+    def _leave(self, rows: set[Row]) -> None:
+        order = self.slots.keep([slot for slot, row in enumerate(self.active) if row not in rows])
+        self.active = [self.active[slot] for slot in order]
+
+    def _resolve(self, row: Row, generation: Generation) -> None:
+        self.counts["rows"] += 1
+        self.counts["completion_tokens"] += generation.num_completion_tokens or 0
+        self.counts["labels_forced"] += generation.label_forced
+        row.future.set_result(generation)
+
+    def _attempt(self, forward: Callable[[], list]) -> tuple[list, Failure | None]:
+        """What a forward pass gives, or why it failed. The failure holds no traceback, which would keep the pass's memory."""
+        try:
+            return forward(), None
+        except Exception as error:
+            kind = "memory" if _is_out_of_memory(error) else "other"
+            failure = kind, f"{type(error).__name__}: {first_line(error)}"
+        if self.device.startswith("cuda"):
+            _check_gpu(self.device, failure)
+        return [], failure
+
+    def _mend(self, failure: Failure, rows: list[Row]) -> None:
+        """After a forward pass over these rows failed: go on with fewer rows, or look for the one that breaks."""
+        kind, problem = failure
+        self.slots.rewind([len(row.ids) + len(row.tokens) - 1 for row in self.active])
+        concerned = {*rows, *self.active} if kind == "memory" else set(rows)
+        if len(concerned) == 1:
+            self._leave(concerned)
+            self._resolve(rows[0], fail(rows[0], f"does not fit into memory: {problem}" if kind == "memory" else problem))
+        elif kind == "memory":
+            self._shrink(rows, len(concerned))
+        else:
+            rows = [row.restart() for row in rows]
+            self._leave(concerned)
+            self.apart += [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+
+    def _shrink(self, rows: list[Row], num_rows: int) -> None:
+        """Half as many rows at once; those that have to leave begin anew later."""
+        before, self.batch_size = self.batch_size, max(1, min(self.batch_size, num_rows) // 2)
+        self.most_tokens = max(1, min(self.most_tokens, max(len(row.ids) for row in rows) * len(rows)) // 2)
+        print(f"inference: out of memory with {num_rows} rows at once; going on with {self.batch_size}", flush=True)
+        leaving = self.active[self.batch_size if self.batch_size < before else 0 :]
+        joining = [row for row in rows if row not in set(self.active)]
+        self._leave(set(leaving))
+        self._queue([*leaving, *joining])
+        self.slots.fit()
+        self._sort()
 
 
-def generate_greedily(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch: list[list[int]], max_new_tokens: int) -> list[Generation]:
-    """Continue each list of token ids, padded on the left, until EOS or the limit."""
+def load_model(settings: EngineSettings) -> tuple["PreTrainedModel", dict[str | None, str]]:
+    """The base with all adapters on it, and their names by folder. Raises ModelError."""
+    kinds = {"nf4": ("nf4", settings.compute_dtype), "int8": ("int8", settings.compute_dtype), "bf16": ("none", "bf16"), "fp32": ("none", "fp32")}
+    if settings.precision not in kinds:
+        raise ModelError(f"The precision {settings.precision} needs engine vllm. Take nf4 or bf16 with engine transformers.")
+    model = load_base(settings.base, *kinds[settings.precision], settings.device, "sdpa")
+    if settings.precision == "nf4":
+        model = multiply_out(model, settings.device)
+    adapters: dict[str | None, str] = {None: ""}
+    for index, folder in enumerate(settings.adapters):
+        adapters[folder] = f"adapter_{index}"
+        model = load_adapter(model, folder, adapters[folder])
+    return model.eval(), adapters
+
+
+def _pop_longest(rows: list[Row], most_rows: int, most_tokens: int) -> list[Row]:
+    """Take the last of rows that are sorted by length, as many as fit."""
+    count = max(1, min(most_rows, most_tokens // len(rows[-1].ids), len(rows)))
+    popped = rows[-count:]
+    del rows[-count:]
+    return popped
+
+
+def _is_out_of_memory(error: Exception) -> bool:
     import torch
 
-    pad, width = tokenizer.pad_token_id, max(map(len, batch))
-    output = model.generate(
-        input_ids=torch.tensor([[pad] * (width - len(ids)) + ids for ids in batch], device=model.device),
-        attention_mask=torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch], device=model.device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return [_read_completion(tokenizer, ids, completion) for ids, completion in zip(batch, output[:, width:].tolist(), strict=True)]
+    told = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and ("ALLOC_FAILED" in told or "can't allocate memory" in told))
 
 
-def _read_completion(tokenizer: "PreTrainedTokenizerBase", prompt_ids: list[int], completion: list[int]) -> Generation:
-    eos = tokenizer.eos_token_id
-    stopped = eos in completion
-    ids = completion[: completion.index(eos)] if stopped else completion
-    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    # Training joins prompt and completion by one space, which is not part of the answer.
-    return Generation(text.removeprefix(" "), "stop" if stopped else "length", len(prompt_ids), len(ids) + stopped)
+def _check_gpu(device: str, failure: Failure) -> None:
+    """Raise EngineDead if the GPU cannot compute any more; else give back what the failed pass held."""
+    import torch
+
+    try:
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    except Exception:
+        raise EngineDead(f"The GPU failed: {failure[1]}") from None

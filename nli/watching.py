@@ -13,12 +13,12 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from nli.labels import read_completion
 from nli.parsing import ParseStatus, parse_answer
 from nli.tokenization import IGNORED_LABEL
-from nli.transformers_engine import generate_greedily
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from nli.watch_beside import WatchBeside
 
@@ -44,10 +44,10 @@ class Watch:
             rows = share[start : start + BATCH_ROWS]
             prompts = [self.prompts[row] for row in rows]
             room = max(1, min(self.max_new_tokens, self.max_length - max(map(len, prompts))))
-            for row, generation in zip(rows, generate_greedily(model, self.tokenizer, prompts, room), strict=True):
-                parsed = parse_answer(generation.text, generation.finish_reason)
+            for row, (text, stopped) in zip(rows, generate_greedily(model, self.tokenizer, prompts, room), strict=True):
+                parsed = parse_answer(text, "stop" if stopped else "length")
                 label = parsed.fields["predicted_label"] if parsed.status == ParseStatus.OK else UNPARSED
-                answers.append((row, label, generation.finish_reason == "stop"))
+                answers.append((row, label, stopped))
         return answers
 
     def score(self, answers: list[tuple[int, int, bool]]) -> dict[str, float]:
@@ -68,6 +68,27 @@ class Watch:
             "eos_rate": float(np.mean([stopped for _, _, stopped in answers])),
         }
         return {name: value for name, value in figures.items() if value is not None}
+
+
+def generate_greedily(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch: list[list[int]], max_new_tokens: int) -> list[tuple[str, bool]]:
+    """Continue each list of token ids, padded on the left, until EOS or the limit: the texts, and whether they ended by EOS.
+
+    This is transformers' own `generate`, which takes a model in training as it is.
+    """
+    import torch
+
+    pad, eos, width = tokenizer.pad_token_id, tokenizer.eos_token_id, max(map(len, batch))
+    output = model.generate(
+        input_ids=torch.tensor([[pad] * (width - len(ids)) + ids for ids in batch], device=model.device),
+        attention_mask=torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch], device=model.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=pad,
+        eos_token_id=eos,
+    )
+    completions = output[:, width:].tolist()
+    return [(read_completion(tokenizer, ids[: ids.index(eos)] if eos in ids else ids), eos in ids) for ids in completions]
 
 
 def read_watch(tokenised: str, tokenizer: "PreTrainedTokenizerBase", num_rows: int, max_length: int, seed: int) -> Watch | None:

@@ -35,7 +35,8 @@ class Worklist:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._db.executescript(
                 "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-8000;"
-                "CREATE TABLE rows (n INTEGER PRIMARY KEY, row TEXT, key BLOB, row_key TEXT); CREATE TABLE pending (i INTEGER PRIMARY KEY, n INTEGER, target INTEGER);"
+                "CREATE TABLE rows (n INTEGER PRIMARY KEY, row TEXT, key BLOB, row_key TEXT);"
+                "CREATE TABLE pending (i INTEGER PRIMARY KEY, n INTEGER, target INTEGER);"
             )
 
     @contextlib.contextmanager

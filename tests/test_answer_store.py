@@ -138,7 +138,14 @@ def test_files_are_made_from_rows_and_store_alone(store, tmp_path):
         written = read_jsonl(output, Answer)
         assert written == [{**row, **answer} for row, answer in zip(rows, answers, strict=True)]
         assert tally.counts() | {"accuracy": None} == {
-            **{"rows": 4, "unparsed": 1, "failed": 1, "forced": 0, "labelled": 3, "correct": 1, "accuracy": None, "completion_tokens": 15}
+            "rows": 4,
+            "unparsed": 1,
+            "failed": 1,
+            "forced": 0,
+            "labelled": 3,
+            "correct": 1,
+            "accuracy": None,
+            "completion_tokens": 15,
         }
         assert tally.metrics()["confusion"] == [[1, 0, 0], [1, 0, 1]]
         write_report(output, {"status": "finished", "counts": {}})

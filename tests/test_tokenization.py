@@ -28,17 +28,20 @@ def mistral_v3():
     return MistralTokenizer.v3()
 
 
-@pytest.fixture(scope="module")
-def hub_v3(tmp_path_factory):
-    """The same vocabulary in the Hugging Face form that a model folder holds."""
+def load_hub_v3(folder: Path):
+    """Mistral's v3 vocabulary in the Hugging Face form that a model folder holds."""
     import mistral_common
     from transformers import LlamaTokenizer
 
-    folder = tmp_path_factory.mktemp("v3")
     source = next((Path(mistral_common.__file__).parent / "data").glob("*240323.model.v3"))
     shutil.copy(source, folder / "tokenizer.model")
     LlamaTokenizer.from_pretrained(folder).save_pretrained(folder / "saved")
     return load_tokenizer(str(folder / "saved"))
+
+
+@pytest.fixture(scope="module")
+def hub_v3(tmp_path_factory):
+    return load_hub_v3(tmp_path_factory.mktemp("v3"))
 
 
 def encode_by_mistral(tokenizer, prompt: str, completion: str | None = None) -> list[int]:

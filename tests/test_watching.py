@@ -9,7 +9,7 @@ from nli.errors import ConfigError
 from nli.metrics import UNPARSED
 from nli.recipe import TrainConfig
 from nli.storage import write_jsonl
-from nli.watching import Watch, WatchedEvaluations, read_watch
+from nli.watching import Watch, WatchedEvaluations, generate_greedily, read_watch
 from tests.conftest import TINY_BASE
 from tests.test_checkpoints import config_of
 from tests.test_stages import read_rows
@@ -78,17 +78,18 @@ def test_two_ranks_give_the_answers_of_one_and_leave_the_random_numbers_alone(to
 def test_the_answers_are_those_of_inference(tokenised, model_and_tokenizer):
     """The training model in evaluation, fused and with its own attention, answers as the engine of stage 6 does."""
     from nli.attention import register_packed_attention
+    from nli.engines import Decoding, EngineSettings, Request, answer_all
     from nli.kernels import speed_up
     from nli.model import add_lora, load_base
-    from nli.transformers_engine import TransformersEngine, generate_greedily
+    from nli.transformers_engine import TransformersEngine
 
     tokenizer = model_and_tokenizer[1]
     prompts = read_watch(tokenised, tokenizer, 12, 512, seed=1).prompts
-    engine = TransformersEngine(TINY_BASE, None, quantization="none", compute_dtype="fp32", device="cpu", batch_size=12, max_new_tokens=40)
+    engine = TransformersEngine(EngineSettings(TINY_BASE, (), "fp32", "fp32", Decoding(max_new_tokens=40), 12, "cpu"))
     training = add_lora(load_base(TINY_BASE, "none", "fp32", "cpu", register_packed_attention()), 4, 8, 0.1, ("q_proj", "v_proj"))
     speed_up(training)
-    texts = [generation.text for generation in generate_greedily(training.eval(), tokenizer, prompts, 40)]
-    assert texts == [generation.text for generation in engine._generate_batch(prompts)]
+    texts = [text for text, _ in generate_greedily(training.eval(), tokenizer, prompts, 40)]
+    assert texts == [generation.text for generation in answer_all(engine, [Request(tokenizer.decode(ids[1:])) for ids in prompts])]
 
 
 def test_an_evaluation_without_a_watch_stays_as_it_is():
