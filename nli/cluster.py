@@ -12,11 +12,15 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from nli import errors
 from nli.config import is_submitted_job
 from nli.errors import ClusterError, ConfigError, NLIError
 from nli.runs import list_gpus
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 @contextmanager
@@ -87,30 +91,35 @@ def spread(
     label: str,
     num_cpus: float = 1,
     num_gpus: float = 0,
+    max_workers: int = 0,
+    calls_at_once: int = 0,
     awaits_all: bool = False,
 ) -> Iterator[list[dict]]:
     """Call `actor(*arguments)` on lists of rows by Ray Data, in `num_workers` actors, and yield the lists that it returns as they finish.
 
-    An error of ours that ends an actor's work is raised here as itself: at once or, with `awaits_all`, after all other work has ended. `awaits_all` is for
-    actors whose `__call__` is a coroutine and that end by themselves when one of them fails; each works on several batches at once, and the caller shows
-    what they do.
+    With `max_workers`, Ray Data adds actors up to so many as the cluster grows. An error of ours that ends an actor's work is raised here as itself: at once
+    or, with `awaits_all`, after all other work has ended; that is for actors that end by themselves when one of them fails. `calls_at_once` is for actors
+    whose `__call__` is a coroutine: each works on so many batches at once, rows are handed out one batch at a time, and the caller shows what they do.
     """
     import ray
-    from tqdm import tqdm
 
     quiet_ray_data()
-    num_blocks = len(rows) if awaits_all else max(1, min(len(rows), max(2 * num_workers, len(rows) // max(1, 4 * batch_size))))
-    dataset = ray.data.from_items([{"row": json.dumps(row)} for row in rows], override_num_blocks=num_blocks).map_batches(
+    num_blocks = max(1, min(len(rows), max(2 * num_workers, len(rows) // max(1, 4 * batch_size))))
+    dataset = ray.data.from_items([{"row": json.dumps(row)} for row in rows], override_num_blocks=len(rows) if calls_at_once else num_blocks).map_batches(
         _CallAsync if inspect.iscoroutinefunction(actor.__call__) else _Call,
         fn_constructor_args=(actor, arguments),
-        compute=ray.data.ActorPoolStrategy(size=num_workers, max_concurrent_calls_per_actor=3 if awaits_all else None),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=num_workers,
+            max_size=max(num_workers, max_workers),
+            max_concurrent_calls_per_actor=calls_at_once or None,
+            max_tasks_in_flight_per_actor=calls_at_once + 2 if calls_at_once else None,
+        ),
         batch_size=batch_size,
         num_cpus=num_cpus,
         num_gpus=num_gpus or None,
     )
-    interval = 0.5 if sys.stderr.isatty() else 15  # seconds between progress lines; a log file keeps every one
     first_error = None
-    with tqdm(total=len(rows), desc=label, unit="row", mininterval=interval, maxinterval=interval, dynamic_ncols=True, disable=awaits_all) as progress:
+    with progress_bar(len(rows), label, disable=bool(calls_at_once)) as progress:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             results, error = _read_results(batch.column("row").to_pylist())
             progress.update(len(results))
@@ -121,6 +130,14 @@ def spread(
                 break
     if first_error is not None:
         raise first_error
+
+
+def progress_bar(total: int, label: str, disable: bool = False) -> "tqdm":
+    """A line that shows how many rows are finished."""
+    from tqdm import tqdm
+
+    interval = 0.5 if sys.stderr.isatty() else 15  # seconds between progress lines; a log file keeps every one
+    return tqdm(total=total, desc=label, unit="row", mininterval=interval, maxinterval=interval, dynamic_ncols=True, disable=disable)
 
 
 def quiet_ray_data() -> None:

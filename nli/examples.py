@@ -20,6 +20,7 @@ from nli.records import Answer, Reflection, Score
 from nli.storage import summarise_faults
 
 _OWN_COLUMNS = (set(Answer.model_fields) | set(Score.model_fields) | set(Reflection.model_fields)) - {"id", "premise", "hypothesis", "true_label"}
+_COUNT = re.compile("[1-9][0-9]{0,5}")
 _LABELS = {"0": 0, "1": 1, "": None}
 
 csv.field_size_limit(1 << 27)  # characters; the default of 131,072 refuses long documents
@@ -30,15 +31,18 @@ def read_examples(path: Path, max_rows: int = 0, need_labels: bool = False) -> l
     return list(iterate_examples(path, max_rows, need_labels))
 
 
-def iterate_examples(path: Path, max_rows: int = 0, need_labels: bool = False) -> Iterator[dict]:
+def iterate_examples(path: Path, max_rows: int = 0, need_labels: bool = False, count_column: str = "") -> Iterator[dict]:
     """The same, one by one, for files that should not be held in memory. A faulty file raises at its end, or instead of its next row.
 
     Raises DataError, all faults at once with their lines: no file, no rows, no `premise` or `hypothesis` column, an empty text, a label that is not 0 or 1,
-    a repeated id, a row with too many or too few cells, bytes that are not UTF-8; with `need_labels`, also a pair without label.
+    a repeated id, a row with too many or too few cells, bytes that are not UTF-8; with `need_labels`, also a pair without label; with `count_column`, also a
+    cell of that column that is no whole number from 1.
     """
     records = _iterate_csv(path)
     _, header = next(records)
     _check_header(path, header, need_labels)
+    if count_column and count_column not in header:
+        raise DataError(f"{path}:1: no column {count_column}; the header is {','.join(header)}.{nearest(count_column, header)}")
     label_column = "label" if "label" in header else "true_label"
     faults: list[str] = []
     places = array("q")  # (hash of the id, line) of every row, flat: some bytes a row instead of a dict's hundreds
@@ -58,6 +62,8 @@ def iterate_examples(path: Path, max_rows: int = 0, need_labels: bool = False) -
         row["true_label"] = _LABELS.get(label.strip())
         if need_labels and row["true_label"] is None:
             faults.append(f"{path}:{line}: no label, which this stage needs")
+        if count_column and not _COUNT.fullmatch(named[count_column]):
+            faults.append(f"{path}:{line}: {count_column} {named[count_column]!r} is no whole number from 1")
         if "id" in header:
             places.extend((_hash(row["id"]), line))
         num_rows += 1

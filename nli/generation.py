@@ -41,6 +41,7 @@ from nli.worklist import Worklist
 MOST_FAILED_SHARE = 0.05  # of a file's rows, beyond which the stage ends in an error
 CPUS_PER_WORKER = 0.2  # a worker waits for the server most of the time; the workers asked for all run, also on few cores
 LARGEST_SLICE = 256  # rows that a worker takes at a time
+SLICES_AT_ONCE = 3  # that a worker has
 STOPPED = "stopped from outside; calls under way were awaited"
 
 
@@ -132,7 +133,7 @@ def _ask(work: Generation, config: TeacherConfig, key: str, ledger: Ledger, fold
             print(f"{work.stage}: the account's limits are now {describe_limits(config.limits())}; they were {describe_limits(before)}", flush=True)
         arguments = (config, work.prompt.name, run, str(worklist.path), *services)
         pool = {"num_workers": config.workers, "num_cpus": CPUS_PER_WORKER}
-        for _ in spread(slices, Asker, arguments, **pool, batch_size=1, label=work.stage, awaits_all=True):
+        for _ in spread(slices, Asker, arguments, **pool, batch_size=1, label=work.stage, calls_at_once=SLICES_AT_ONCE, awaits_all=True):
             pass
 
 

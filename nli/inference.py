@@ -1,35 +1,47 @@
-"""Stage 6: a base, adapter or checkpoint answers a set of pairs, spread over actors by Ray Data.
+"""Stage 6: a base, adapter or checkpoint answers a set of pairs, spread over the GPUs of the cluster by Ray Data.
 
 In:   a CSV of pairs, labelled or not (the file tells), and a model: a hub name, a model folder, an adapter folder or its checkpoint-N
-Out:  results/{run_name}.jsonl   Answers in input order, what evaluate_predictions reads
-      results/{run_name}.csv     id, premise, hypothesis, true_label, predicted_label, parse_status
-      results/{run_name}.json    configuration, counts, accuracy if labelled, timing, and the rows
+Out:  results/{run_name}.jsonl            Answers in input order, what evaluate_predictions reads
+      results/{run_name}.csv              id, premise, hypothesis, true_label, predicted_label, label_probability, thought_process, raw_text, …
+      results/{run_name}.json             configuration, metrics if labelled, timing, engine, and the rows
+      results/{run_name}.answers.sqlite   the answers as they finished
 
-Without --run-name the files are called {model}-{dataset}-{timestamp}; an interrupted run of the same model, data and settings is taken up again.
+Without --run-name the files are called {model}-{precision}-{dataset}-{timestamp}. The same command goes on with an interrupted run: of the same model,
+precision, prompt, decoding and data. Further adapters of the same base are answered in the same pass, each with result files of its own.
+
+    1  the rows are read once, checked, and put into a worklist on disk
+    2  rows without an answer are given to workers with an engine each, which store every answer as it finishes
+    3  the files are written from worklist and store: a pure step, repeated on every run
 """
 
-import json
+import contextlib
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
-from nli.checkpoints import describe_model, fingerprint_model
-from nli.cluster import check_gpu_choice, connected, spread
-from nli.config import Count, CountOrZero, config_class
-from nli.engines import Decoding, EngineSettings, Generation, Request, answer_all
-from nli.errors import DataError
-from nli.examples import is_labelled, read_examples
+from nli.answer_store import AnswerStore
+from nli.checkpoints import WEIGHTS, describe_model, fingerprint_model
+from nli.cluster import check_gpu_choice, connected, finds_cluster, progress_bar, spread
+from nli.config import Count, CountOrZero, NonNegative, config_class
+from nli.desk import start_desk
+from nli.engines import Decoding, EngineName, EngineSettings, Precision, build_engine, choose_engine
+from nli.errors import ClusterError, ConfigError, DataError, ModelError
+from nli.examples import iterate_examples
 from nli.model import check_base
-from nli.parsing import ParseStatus, parse_answer
-from nli.prompts import STUDENT_PROMPT_NAME, render_student_prompt, student_prompt_sha256
-from nli.records import is_correct, row_key
-from nli.runs import is_in_use, read_manifest, start_run
-from nli.storage import RowFile, resolve_input, resolve_output, sha256_file, write_atomic, write_csv
-from nli.transformers_engine import TransformersEngine
+from nli.prompts import STUDENT_PROMPT_NAME, render_student_prompt
+from nli.records import row_key
+from nli.results import Tally, write_answers, write_report, write_table
+from nli.runs import Run, is_in_use, list_gpus, read_manifest, start_run
+from nli.storage import resolve_input, resolve_output, sha256_file
+from nli.student import Asking, Student, Target
+from nli.worklist import Worklist
 
-CSV_COLUMNS = ("id", "premise", "hypothesis", "true_label", "predicted_label", "parse_status")
+TICKETS_AT_ONCE = 13  # of one worker: all but one are always whole
 
 
 @config_class
@@ -38,6 +50,8 @@ class InferenceConfig:
 
     model: str = "models/sample-reflected"
     """hub name, model folder, adapter folder or checkpoint-N"""
+    adapters: tuple[str, ...] = ()
+    """further adapter folders on the same base, answered in the same pass"""
     base_model: str = ""
     """base of an adapter; empty: the one that it names"""
     data: str = "data/sample/test.csv"
@@ -45,21 +59,39 @@ class InferenceConfig:
     results_dir: str = "results"
     """folder of the results"""
     run_name: str = ""
-    """stem of the result files; empty: {model}-{dataset}-{timestamp}"""
-    quantization: Literal["nf4", "none"] = "nf4"
-    """base weights: NF4 with double quantisation, or as they are"""
+    """stem of the result files, with -{adapter} where there are several; empty: {model}-{precision}-{dataset}-{timestamp}"""
+    engine: EngineName = "auto"
+    """what runs the model; auto: vllm where it is installed and there is a GPU, else transformers"""
+    precision: Precision = "nf4"
+    """of the base's weights; fp8 in vllm only, fp32 in transformers only"""
     compute_dtype: Literal["bf16", "fp32"] = "bf16"
-    """type that matrix products run in"""
-    batch_size: Count = 32
-    """prompts in one forward pass"""
+    """type that matrix products run in where the weights are nf4"""
+    batch_size: CountOrZero = 0
+    """rows that an engine works on at once; 0: its own choice"""
     max_new_tokens: Count = 512
     """most tokens of one answer"""
+    temperature: NonNegative = 0.0
+    """0: the likeliest token each time"""
+    num_samples: Count = 1
+    """answers drawn for each row, which vote on its label"""
+    no_cot: bool = False
+    """read the label without letting the model write a thought"""
+    force_label: bool = False
+    """complete an answer that cannot be parsed by the likelier of the two labels"""
+    label_probability: bool = True
+    """read the probability of label 1 in each answer"""
+    prompt_template: str = ""
+    """file with {premise} and {hypothesis}; empty: the prompt that the model was trained with"""
+    completion_length_column: str = ""
+    """column of the CSV with the number of tokens to write for each row, for benchmarks"""
     max_rows: CountOrZero = 0
     """read only so many rows; 0: all"""
     num_workers: CountOrZero = 0
-    """actors, each with a copy of the model; 0: one per GPU of the cluster, or one"""
+    """workers, each with a copy of the model; 0: one per GPU of the cluster, or one"""
+    max_workers: CountOrZero = 0
+    """workers that may be added as the cluster grows; 0: none"""
     cpus_per_worker: Count = 1
-    """CPU cores of one actor"""
+    """CPU cores of one worker"""
     use_gpu: bool | None = None
     """run on GPUs; None: if the cluster has any"""
     gpu: CountOrZero | None = None
@@ -67,112 +99,237 @@ class InferenceConfig:
     storage_root: str = ""
     """folder that relative outputs go below; empty: NLI_STORAGE_ROOT or the current folder"""
 
+    def __post_init__(self) -> None:
+        if self.num_samples > 1 and not self.temperature:
+            raise ConfigError("num_samples over 1 needs temperature above 0: at 0 all samples are the same.")
+        if self.no_cot and (self.num_samples > 1 or self.force_label or self.temperature or self.completion_length_column):
+            raise ConfigError("no_cot lets nothing be written: leave num_samples, temperature, force_label and completion_length_column as they are.")
+        if (self.precision, self.engine) in (("fp8", "transformers"), ("fp32", "vllm")):
+            raise ConfigError(f"precision {self.precision} is not for engine {self.engine}.")
+        if self.max_workers and self.max_workers < self.num_workers:
+            raise ConfigError(f"max_workers {self.max_workers} is below num_workers {self.num_workers}.")
 
-def to_answer(row: Mapping, generation: Generation, answered_by: str) -> dict:
-    """The Answer that a generation makes of an Example."""
-    if generation.text is None:
-        status, fields, problem = ParseStatus.REQUEST_FAILED, {}, generation.problem
-    else:
-        parsed = parse_answer(generation.text, generation.finish_reason)
-        status, fields, problem = parsed.status, parsed.fields or {}, parsed.problem
-    return {
-        **row,
-        "answered_by": answered_by,
-        "prompt_name": STUDENT_PROMPT_NAME,
-        "prompt_sha256": student_prompt_sha256(),
-        "raw_text": generation.text or "",
-        "thought_process": fields.get("thought_process"),
-        "predicted_label": fields.get("predicted_label"),
-        "parse_status": status,
-        "problem": problem,
-        "finish_reason": generation.finish_reason,
-        "num_prompt_tokens": generation.num_prompt_tokens,
-        "num_completion_tokens": generation.num_completion_tokens,
-    }
+    def decoding(self) -> Decoding:
+        """How the engine writes answers."""
+        return Decoding(self.max_new_tokens, self.temperature, self.no_cot, self.force_label, self.label_probability)
 
 
-class Student:
-    """Ray Data actor: Examples in, Answers out; loads its model once."""
+@dataclass
+class ResultSet:
+    """One model of a run with its files."""
 
-    def __init__(self, base: str, adapter: str | None, answered_by: str, config: InferenceConfig, use_gpu: bool) -> None:
-        self.answered_by = answered_by
-        self.adapter = adapter
-        precision = "nf4" if config.quantization == "nf4" else config.compute_dtype
-        decoding = Decoding(max_new_tokens=config.max_new_tokens, label_probability=False)
-        device = "cuda:0" if use_gpu else "cpu"
-        adapters = (adapter,) if adapter else ()
-        self.engine = TransformersEngine(EngineSettings(base, adapters, precision, config.compute_dtype, decoding, config.batch_size, device))
-
-    def __call__(self, rows: list[dict]) -> list[dict]:
-        requests = [Request(render_student_prompt(row["premise"], row["hypothesis"]), self.adapter) for row in rows]
-        generations = answer_all(self.engine, requests)
-        return [to_answer(row, generation, self.answered_by) for row, generation in zip(rows, generations, strict=True)]
+    name: str
+    target: Target
+    store: AnswerStore
+    record: Run
+    num_pending: int = 0
+    files: dict[str, Path] = field(default_factory=dict)
 
 
 def run(config: InferenceConfig) -> Path:
-    """Answer every row that has no answer yet; returns the path of the JSON Lines.
+    """Answer every row that has no answer yet; returns the path of the (first model's) JSON Lines.
 
-    Raises DataError, ModelError, StorageError or ResumeError before a GPU is taken.
+    Raises ConfigError, DataError, ModelError, StorageError or ResumeError before a GPU is taken.
     """
+    started = time.monotonic()
     check_gpu_choice(config.gpu, config.use_gpu)
     source = resolve_input(config.data, config.storage_root)
-    rows = read_examples(source, config.max_rows)
-    model = str(local) if (local := _existing(config.model, config.storage_root)) else config.model
+    examples = iterate_examples(source, config.max_rows, count_column=config.completion_length_column)
+    with contextlib.ExitStack() as stack:
+        place = stack.enter_context(tempfile.TemporaryDirectory(prefix="nli-rows-"))
+        worklist = stack.enter_context(Worklist(Path(place) / "rows.sqlite"))
+        num_rows = worklist.fill(((row, row_key(row).encode()) for row in examples), source)
+        base, models = describe_models(config)
+        if finds_cluster():
+            stack.enter_context(connected(config.gpu))
+        num_gpus = count_gpus(config.use_gpu)
+        device = "cuda:0" if (num_gpus > 0 if config.use_gpu is None else config.use_gpu) else "cpu"
+        engine = choose_engine(config.engine, config.precision, device)
+        sets = [open_results(config, stack, source, engine, base, model, adapter, len(models)) for model, adapter in models]
+        for index, each in enumerate(sets):
+            each.num_pending = worklist.list_pending(_finding_done(each.store), index)
+            print(f"inference: {each.name}: {num_rows} rows, {num_rows - each.num_pending} answered already, {each.num_pending} to do", flush=True)
+        figures = {}
+        if any(each.num_pending for each in sets):
+            stack.enter_context(connected(config.gpu))
+            settings = EngineSettings(
+                base=base,
+                adapters=tuple(each.target.adapter for each in sets if each.target.adapter),
+                precision=config.precision,
+                compute_dtype=config.compute_dtype,
+                decoding=config.decoding(),
+                batch_size=config.batch_size,
+                device=device,
+            )
+            figures = answer(config, engine, settings, sets, worklist, num_gpus)
+        for index, each in enumerate(sets):
+            write_results(each, worklist, describe_figures(figures, index, time.monotonic() - started))
+    return sets[0].files["jsonl"]
+
+
+def describe_models(config: InferenceConfig) -> tuple[str, list[tuple[str, str | None]]]:
+    """The base of a run, and the name and adapter folder of each model. Raises ModelError if one does not fit, ConfigError if two have one name."""
+    model = _local(config.model, config.storage_root)
     base, adapter = describe_model(model, config.base_model)
     check_base(base)
-    identity = {
-        "base": fingerprint_model(base),
-        "adapter": sha256_file(Path(adapter) / "adapter_model.safetensors") if adapter else None,
-        "quantization": config.quantization,
-        "compute_dtype": config.compute_dtype,
-        "max_new_tokens": config.max_new_tokens,
-        "prompt_sha256": student_prompt_sha256(),
-        "decoding": "greedy",
-    }
-    folder = resolve_output(config.results_dir, config.storage_root)
-    name = config.run_name or find_interrupted(folder, identity, source) or name_results(model, source)
-    output = RowFile(folder / f"{name}.jsonl")
-    record = start_run(folder / f"{name}.manifest.json", "inference", identity, config, [source], has_work=output.exists())
-
-    current = {row_key(row): row for row in rows}
-    answers = {key: row for key, row in output.read_finished().items() if key in current and row["parse_status"] != ParseStatus.REQUEST_FAILED}
-    pending = [row for key, row in current.items() if key not in answers]
-    labelled = "labelled" if is_labelled(rows) else "unlabelled"
-    print(f"inference: {name}: {len(rows)} {labelled} rows, {len(rows) - len(pending)} answered already, {len(pending)} to do", flush=True)
-    started = time.monotonic()
-    if pending:
-        with connected(config.gpu):
-            for batch in _answer(pending, base, adapter, answered_by=Path(model).name if adapter is None else _adapter_name(Path(adapter)), config=config):
-                output.append(batch)
-                answers |= {row_key(row): row for row in batch}
-    seconds = time.monotonic() - started
-    finished = [answers[key] | row for key, row in current.items()]
-    output.finish(finished)
-    write_csv(folder / f"{name}.csv", finished, CSV_COLUMNS)
-    counts = count_rows(finished, len(pending), seconds)
-    record.finish(counts)
-    write_atomic(folder / f"{name}.json", json.dumps({**record.manifest, "rows": finished}, ensure_ascii=False, indent=1) + "\n")
-    accuracy = f", {counts['correct']} of {counts['labelled']} right ({counts['accuracy']:.3f})" if counts["labelled"] else ""
-    unparsed = f"{counts['unparsed']} of {counts['rows']} unparsed"
-    print(f"inference: {name}: {unparsed}{accuracy}, {counts['rows_per_second']:.1f} rows/s -> {output.path}", flush=True)
-    return output.path
+    models = [(_name(model), adapter)]
+    for path in config.adapters:
+        folder = _local(path, config.storage_root)
+        its_base, its_adapter = describe_model(folder, config.base_model or base)
+        if its_adapter is None:
+            raise ModelError(f"{path}: a model of its own, not an adapter; give it as --model, in a run of its own.")
+        if its_base != base and fingerprint_model(its_base) != fingerprint_model(base):
+            raise ModelError(f"{path}: the adapter's base is {its_base}, not {base}; one pass has one base.")
+        models.append((_name(folder), its_adapter))
+    names = [name for name, _ in models]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"two of the models are called {repeated}, and so would their results be; rename a folder, or answer them in two runs.")
+    return base, models
 
 
-def _answer(pending: list[dict], base: str, adapter: str | None, answered_by: str, config: InferenceConfig):
+def count_gpus(use_gpu: bool | None) -> int:
+    """GPUs of the cluster that this process is in, or of this machine."""
     import ray
 
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    use_gpu = gpus > 0 if config.use_gpu is None else config.use_gpu
-    return spread(
-        pending,
+    if use_gpu is False:
+        return 0
+    return int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else len(list_gpus())
+
+
+def open_results(
+    config: InferenceConfig, stack: contextlib.ExitStack, source: Path, engine: str, base: str, model: str, adapter: str | None, num_models: int
+) -> ResultSet:
+    """The result set of one model: named, its manifest checked, its store open."""
+    template = render_student_prompt("{premise}", "{hypothesis}")
+    identity = {
+        "base": fingerprint_model(base),
+        "adapter": sha256_file(Path(adapter) / WEIGHTS) if adapter else None,
+        "precision": config.precision,
+        "compute_dtype": config.compute_dtype,
+        "engine": engine,
+        "prompt_sha256": sha256(template.encode()).hexdigest(),
+        **asdict(config.decoding()),
+        "num_samples": config.num_samples,
+        "completion_length_column": config.completion_length_column,
+    }
+    folder = resolve_output(config.results_dir, config.storage_root)
+    named = f"{config.run_name}-{model}" if config.run_name and num_models > 1 else config.run_name
+    name = named or find_interrupted(folder, identity, source) or name_results(model, config.precision, source)
+    files = {kind: folder / f"{name}.{kind}" for kind in ("jsonl", "csv", "json", "answers.sqlite", "manifest.json")}
+    is_new = not files["answers.sqlite"].exists()
+    has_work = files["jsonl"].exists() or not is_new
+    record = start_run(files["manifest.json"], "inference", identity, config, [source], has_work)
+    stack.enter_context(_stopping_on_error(record))
+    store = stack.enter_context(contextlib.closing(AnswerStore(files["answers.sqlite"])))
+    store.check()
+    if is_new and files["jsonl"].exists():
+        store.read_in(files["jsonl"])
+    frame = {
+        "answered_by": model,
+        "prompt_name": STUDENT_PROMPT_NAME,
+        "prompt_sha256": identity["prompt_sha256"],
+        "precision": config.precision,
+        "engine": engine,
+    }
+    return ResultSet(name, Target(adapter, template, frame), store, record, files=files)
+
+
+def answer(config: InferenceConfig, engine: str, settings: EngineSettings, sets: Sequence[ResultSet], worklist: Worklist, num_gpus: int) -> dict:
+    """Have all pending rows answered and stored; returns what the desk and the engines tell of it."""
+    import ray
+
+    num_workers = config.num_workers or max(1, num_gpus if settings.device != "cpu" else 1)
+    num_pending = sum(each.num_pending for each in sets)
+    size = plan_ticket(engine, config, settings.device)
+    desk = start_desk(worklist.path, [each.store.path for each in sets], size * TICKETS_AT_ONCE, [each.target.frame for each in sets])
+    # More tickets than rows: a worker that is ready late, or comes to a cluster that grows, finds some. Without rows they end at once.
+    spare = max(num_workers, config.max_workers) * (TICKETS_AT_ONCE + 2)
+    tickets = [{"num_rows": size}] * (-(-num_pending // size) + spare)
+    asking = Asking(tuple(each.target for each in sets), config.num_samples, config.completion_length_column)
+    print(f"inference: engine {engine}, {config.precision}, {num_workers} {'worker' if num_workers == 1 else 'workers'} on {settings.device}", flush=True)
+    batches = spread(
+        tickets,
         Student,
-        (base, adapter, answered_by, config, use_gpu),
-        num_workers=config.num_workers or (max(1, gpus) if use_gpu else 1),
-        batch_size=4 * config.batch_size,  # enough to sort by length, little enough to lose
-        label=f"inference {answered_by}",
+        (desk, build_engine, engine, settings, asking),
+        num_workers=num_workers,
+        max_workers=config.max_workers,
+        calls_at_once=TICKETS_AT_ONCE,
+        batch_size=1,
+        label="inference",
         num_cpus=config.cpus_per_worker,
-        num_gpus=1 if use_gpu else 0,
+        num_gpus=0 if settings.device == "cpu" else 1,
     )
+    try:
+        with progress_bar(num_pending, "inference") as progress:
+            for batch in batches:
+                progress.update(sum(ticket["num_rows"] for ticket in batch))
+        figures = ray.get(desk.describe.remote())
+        ray.get(desk.close.remote())
+    finally:
+        ray.kill(desk)
+    left = sum(worklist.list_pending(_finding_done(each.store, since=each.store.started_at), index) for index, each in enumerate(sets))
+    if left:
+        raise ClusterError(f"{left} of {num_pending} rows were not answered: the workers ended before. The same command goes on with them.")
+    return figures
+
+
+def plan_ticket(engine: str, config: InferenceConfig, device: str) -> int:
+    """Rows that one ticket is worth: all tickets of a worker together hold more rows than its engine works on at once.
+
+    vLLM needs a half more to be full at all times, transformers several times as many to sort by length. Without thoughts rows pass by in no time.
+    """
+    at_once = config.batch_size or {"vllm": 1024, "transformers": 32 if device == "cpu" else 256}[engine]
+    rows = (4 if config.no_cot or engine == "transformers" else 1.5) * at_once / config.num_samples
+    return max(1, round(rows / (TICKETS_AT_ONCE - 1)))
+
+
+def describe_figures(figures: Mapping, target: int, seconds: float) -> dict:
+    """Timing and speed of this attempt, from what the desk tells."""
+    engines = figures.get("engines", [])
+    rows, row_seconds = sum(figures.get("rows", [])), figures.get("seconds", 0.0)
+
+    def most(name: str) -> float | None:
+        return max((engine[name] for engine in engines if engine.get(name) is not None), default=None)
+
+    return {
+        "rows_computed": figures["rows"][target] if figures else 0,
+        "worker_deaths": figures.get("deaths", 0),
+        "seconds": round(seconds, 2),
+        "load_seconds": most("load_seconds"),
+        "compile_seconds": most("compile_seconds"),
+        "row_seconds": round(row_seconds, 2),
+        "rows_per_second": round(rows / row_seconds, 2) if row_seconds else 0.0,
+        "tokens_per_second": round(figures.get("tokens", 0) / row_seconds, 1) if row_seconds else 0.0,
+        "peak_memory_gb": most("peak_memory_gb"),
+        "engines": engines,
+    }
+
+
+def write_results(results: ResultSet, worklist: Worklist, timing: Mapping) -> None:
+    """Write a model's files, finish its manifest and say how it went."""
+    tally = write_answers(worklist, results.store, results.files["jsonl"])
+    write_table(results.files["jsonl"])
+    counts = tally.counts() | {name: timing[name] for name in ("rows_computed", "seconds", "rows_per_second")}
+    results.record.finish(counts)
+    write_report(results.files["jsonl"], {**results.record.manifest, "metrics": tally.metrics(), "timing": timing})
+    print(summarise(results.name, tally, counts, timing) + f"\n  -> {results.files['jsonl']}", flush=True)
+
+
+def summarise(name: str, tally: Tally, counts: Mapping, timing: Mapping) -> str:
+    """The console's last words on a model: unparsed rows first, accuracy, speed, memory, and where the seconds went."""
+    lines = [f"inference: {name}: {counts['unparsed']} of {counts['rows']} unparsed"]
+    if counts["failed"]:
+        lines[0] += f" ({counts['failed']} failed; the same command asks them again)"
+    if counts["labelled"]:
+        lines[0] += f", {counts['correct']} of {counts['labelled']} right ({counts['accuracy']:.3f})"
+    if timing["rows_computed"]:
+        memory = f", peak memory {timing['peak_memory_gb']:.1f} GB" if timing["peak_memory_gb"] else ""
+        lines.append(f"  {timing['rows_per_second']:.1f} rows/s, {timing['tokens_per_second']:.0f} tokens/s{memory}")
+        parts = {"load": timing["load_seconds"], "compile": timing["compile_seconds"], "rows": timing["row_seconds"]}
+        lines.append(
+            "  " + ", ".join(f"{part} {seconds:.1f} s" for part, seconds in parts.items() if seconds is not None) + f", in all {timing['seconds']:.1f} s"
+        )
+    return "\n".join(lines)
 
 
 def find_interrupted(folder: Path, identity: Mapping, source: Path) -> str | None:
@@ -185,34 +342,31 @@ def find_interrupted(folder: Path, identity: Mapping, source: Path) -> str | Non
     return None
 
 
-def name_results(model: str, source: Path) -> str:
-    """{model}-{dataset}-{timestamp}, a checkpoint with its run's name."""
-    return f"{_adapter_name(Path(model))}-{source.stem}-{datetime.now(UTC).strftime('%Y%m%d_%H%M%S')}"
+def name_results(model: str, precision: str, source: Path) -> str:
+    """{model}-{precision}-{dataset}-{timestamp}, a checkpoint with its run's name."""
+    return f"{model}-{precision}-{source.stem}-{datetime.now(UTC).strftime('%Y%m%d_%H%M%S')}"
 
 
-def _adapter_name(folder: Path) -> str:
+@contextlib.contextmanager
+def _stopping_on_error(record: Run) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        record.stop(record.manifest["counts"])
+        raise
+
+
+def _name(model: str) -> str:
+    folder = Path(model)
     return f"{folder.parent.name}-{folder.name}" if folder.name.startswith("checkpoint-") else folder.name
 
 
-def _existing(model: str, storage_root: str) -> Path | None:
+def _local(model: str, storage_root: str) -> str:
     try:
-        return resolve_input(model, storage_root)
+        return str(resolve_input(model, storage_root))
     except DataError:
-        return None
+        return model
 
 
-def count_rows(answers: list[dict], num_computed: int, seconds: float) -> dict:
-    """Rows, unparsed rows, accuracy over all labelled rows, tokens and speed of this attempt."""
-    labelled = [row for row in answers if row["true_label"] is not None]
-    correct = sum(is_correct(row) for row in labelled)
-    return {
-        "rows": len(answers),
-        "unparsed": sum(row["parse_status"] != ParseStatus.OK for row in answers),
-        "labelled": len(labelled),
-        "correct": correct,
-        "accuracy": correct / len(labelled) if labelled else None,
-        "completion_tokens": sum(row["num_completion_tokens"] or 0 for row in answers),
-        "rows_computed": num_computed,
-        "seconds": round(seconds, 2),
-        "rows_per_second": round(num_computed / seconds, 2) if seconds else 0.0,
-    }
+def _finding_done(store: AnswerStore, since: float | None = None):
+    return lambda keys: {key.encode() for key in store.find_done([key.decode() for key in keys], since)}

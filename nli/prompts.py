@@ -17,6 +17,7 @@ are added as token ids by `nli.tokenization`, never as text.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,6 +34,12 @@ STUDENT_PROMPT_NAME = "student"
 def render_student_prompt(premise: str, hypothesis: str) -> str:
     """The text that the student sees, in training and at inference, without BOS."""
     return f"[INST] Premise: {premise}\nHypothesis: {hypothesis}\n\n{INSTRUCTION}[/INST]"
+
+
+def render_prompt(template: str, premise: str, hypothesis: str) -> str:
+    """A template with the pair in the places of `{premise}` and `{hypothesis}`; every other character stays."""
+    values = {"{premise}": premise, "{hypothesis}": hypothesis}
+    return re.sub(r"\{premise\}|\{hypothesis\}", lambda place: values[place[0]], template)
 
 
 def render_completion(thought_process: str, predicted_label: int) -> str:

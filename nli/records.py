@@ -52,6 +52,15 @@ class Answer(Example):
     finish_reason: str | None = None
     num_prompt_tokens: int | None = None
     num_completion_tokens: int | None = None
+    precision: str = ""
+    """of the student's base weights"""
+    engine: str = ""
+    """that the student ran in"""
+    label_probability: float | None = None
+    """of label 1, where it was read"""
+    label_forced: bool = False
+    votes: list[int] | None = None
+    """samples with label 0 and with label 1, where several were drawn"""
 
 
 class Score(Answer):

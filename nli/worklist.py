@@ -11,7 +11,7 @@ One SQLite file without durability: a run that is killed makes it anew.
 import contextlib
 import json
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -35,7 +35,8 @@ class Worklist:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._db.executescript(
                 "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-8000;"
-                "CREATE TABLE rows (n INTEGER PRIMARY KEY, row TEXT, key BLOB, row_key TEXT); CREATE TABLE pending (i INTEGER PRIMARY KEY, n INTEGER);"
+                "CREATE TABLE rows (n INTEGER PRIMARY KEY, row TEXT, key BLOB, row_key TEXT);"
+                "CREATE TABLE pending (i INTEGER PRIMARY KEY, n INTEGER, target INTEGER);"
             )
 
     @contextlib.contextmanager
@@ -72,17 +73,20 @@ class Worklist:
         """How many different requests the rows make."""
         return self._db.execute("SELECT COUNT(DISTINCT key) FROM rows").fetchone()[0]
 
-    def list_pending(self, are_done: Callable[[list[bytes]], set[bytes]]) -> int:
-        """Put the first row of each request that is not done among the pending ones; returns how many they are."""
+    def list_pending(self, are_done: Callable[[list[bytes]], set[bytes]], target: int = 0) -> int:
+        """Put the first row of each request that is not done among the pending ones of a target; returns how many these are.
+
+        `target` tells apart what is asked about the same rows several times, such as of several models.
+        """
         requests = self._db.execute("SELECT MIN(n), key FROM rows GROUP BY key ORDER BY 1")
         writing = self._db.cursor()
         with self._writing():
-            writing.execute("DELETE FROM pending")
+            writing.execute("DELETE FROM pending WHERE target = ?", (target,))
         while chunk := requests.fetchmany(CHUNK):
             done = are_done([key for _, key in chunk])
             with self._writing():
-                writing.executemany("INSERT INTO pending (n) VALUES (?)", [(n,) for n, key in chunk if key not in done])
-        return self._db.execute("SELECT COUNT(*) FROM pending").fetchone()[0]
+                writing.executemany("INSERT INTO pending (n, target) VALUES (?, ?)", [(n, target) for n, key in chunk if key not in done])
+        return self._db.execute("SELECT COUNT(*) FROM pending WHERE target = ?", (target,)).fetchone()[0]
 
     def iterate_pending_keys(self) -> Iterator[list[bytes]]:
         """Chunks of the keys of pending rows."""
@@ -99,8 +103,25 @@ class Worklist:
 
 def read_pending(path: str, first: int, last: int) -> list[str]:
     """Pending rows `first` to `last` (from 1, both included) of a worklist, as JSON."""
-    db = sqlite3.connect(f"{Path(path).as_uri()}?mode=ro&immutable=1", uri=True)
-    try:
+    with contextlib.closing(_open_read_only(path)) as db:
         return [row for (row,) in db.execute("SELECT row FROM pending JOIN rows USING (n) WHERE i BETWEEN ? AND ? ORDER BY i", (first, last))]
-    finally:
-        db.close()
+
+
+def read_pending_work(path: str, numbers: Sequence[int]) -> Iterator[tuple[int, int, str, dict]]:
+    """(number, target, row key, row) of pending rows, by their numbers from 1."""
+    with contextlib.closing(_open_read_only(path)) as db:
+        for start in range(0, len(numbers), CHUNK):
+            part = numbers[start : start + CHUNK]
+            query = f"SELECT i, target, row_key, row FROM pending JOIN rows USING (n) WHERE i IN ({','.join('?' * len(part))}) ORDER BY i"
+            for number, target, key, row in db.execute(query, part):
+                yield number, target, key, json.loads(row)
+
+
+def count_pending(path: str) -> int:
+    """How many rows are pending in a worklist, over all its targets."""
+    with contextlib.closing(_open_read_only(path)) as db:
+        return db.execute("SELECT COUNT(*) FROM pending").fetchone()[0]
+
+
+def _open_read_only(path: str) -> sqlite3.Connection:
+    return sqlite3.connect(f"{Path(path).as_uri()}?mode=ro&immutable=1", uri=True)

@@ -20,12 +20,12 @@ BANDS = {
         *("config", "recipe", "storage", "examples", "runs", "cluster", "metrics", "figures", "report", "row_checks", "check_report"),
         *("chat_api", "ledger", "ledger_file", "asking", "limiter", "limiter_client", "services", "worklist", "prices", "token_counts"),
         *("teacher", "progress", "estimates", "generation", "batch_api", "batch_client", "batch_store", "batch_mode"),
+        *("answers", "answer_store", "leases", "desk", "results"),
     },
     "model": {
         *("tokenization", "model", "checkpoints", "engines", "saving", "preflight", "preflight_report", "watching", "watch_beside"),
         *("memory", "attention", "batches", "kernels", "trainer", "tracking", "training", "transformers_engine", "labels"),
-        *("slots", "answering"),
-        *("vllm_engine", "vllm_setup", "vllm_adapters", "vllm_worker"),
+        *("slots", "answering", "student", "vllm_engine", "vllm_setup", "vllm_adapters", "vllm_worker"),
     },
     "stages": {"thoughts", "reflections", "sft_data", "sft", "sweep", "export", "inference", "evaluation", "account", "data_checks", "pipeline"},
 }

@@ -1,0 +1,185 @@
+"""The worker of an inference run: keeps one engine full of rows, and brings each answer to the desk as it finishes.
+
+Ray Data gives out tickets, each worth a number of rows; which rows they are, the desk says when a worker has room. A ticket ends when its worker has finished
+that many rows since, whichever they are, so the engine stays as full at the end of a ticket as in its middle, and no worker is bound to rows that another one
+could take. A ticket also ends when nothing is left.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nli.answers import derive_seed, to_answer, to_failed
+from nli.desk import Work
+from nli.engines import Engine, EngineSettings, Generation, Request
+from nli.errors import EngineDead, ModelError, NLIError
+from nli.prompts import render_prompt
+from nli.services import Gatherer
+
+PUT_SECONDS = 0.02  # answers that finish within so long travel together; a row is on disk within 50 ms of its end
+ASK_AGAIN_SECONDS = 0.05  # between two requests for rows where the desk gave fewer than there is room for
+FIGURES_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """One of the models that a run asks: an adapter on the base, or the base itself."""
+
+    adapter: str | None
+    template: str
+    frame: Mapping
+    """fields that are the same in all its answers"""
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How rows become requests."""
+
+    targets: tuple[Target, ...]
+    num_samples: int = 1
+    length_column: str = ""
+
+
+@dataclass
+class _Ticket:
+    num_left: int
+    done: asyncio.Future
+
+
+class Student:
+    """Ray Data actor: tickets in, how many rows were finished out; loads its engine once."""
+
+    def __init__(self, desk, build: Callable[[str, EngineSettings], Engine], engine_name: str, settings: EngineSettings, asking: Asking) -> None:
+        import ray
+
+        self._desk, self._asking = desk, asking
+        self._worker = ray.get_runtime_context().get_actor_id()
+        reason = ray.get(desk.begin.remote(self._worker, describe_log()))
+        if reason:
+            raise ModelError(f"The engine {engine_name} cannot work: {reason}")
+        self._engine = None
+        if reason is None:  # else nothing is left to do
+            try:
+                self._engine = build(engine_name, settings)
+            except NLIError:
+                raise
+            except Exception as error:
+                raise ModelError(
+                    f"The engine {engine_name} cannot load {settings.base} ({type(error).__name__}: {error}). Its log: {describe_log()}"
+                ) from error
+        self._puts = Gatherer(self._put, PUT_SECONDS)
+        self._tickets: deque[_Ticket] = deque()
+        self._num_running = 0
+        self._tasks: set[asyncio.Task] = set()
+        self._feeder: asyncio.Task | None = None
+        self._changed = asyncio.Event()
+        self._figures: dict = {}
+        self._figures_at = 0.0
+
+    async def __call__(self, tickets: list[dict]) -> list[dict]:
+        if self._engine is None:
+            return []
+        return [{"num_rows": await self._work_off(ticket["num_rows"])} for ticket in tickets]
+
+    async def _work_off(self, num_rows: int) -> int:
+        """Wait until so many rows are finished, or nothing is left; returns how many were."""
+        loop = asyncio.get_running_loop()
+        ticket = _Ticket(num_rows, loop.create_future())
+        self._tickets.append(ticket)
+        self._changed.set()
+        if self._feeder is None or self._feeder.done():
+            self._feeder = loop.create_task(self._feed())
+        await ticket.done
+        return num_rows - ticket.num_left
+
+    async def _feed(self) -> None:
+        """Keep as many rows running as the open tickets are worth."""
+        try:
+            while self._tickets:
+                room = sum(ticket.num_left for ticket in self._tickets) - self._num_running
+                work = _unwrap(await self._desk.take.remote(self._worker, room)) if room > 0 else []
+                for item in work or ():
+                    self._num_running += 1
+                    task = asyncio.get_running_loop().create_task(self._answer(Work(*item)))
+                    self._tasks.add(task)
+                    task.add_done_callback(self._tasks.discard)
+                if work is None and not self._num_running:
+                    self._end_tickets()
+                    return
+                self._changed.clear()
+                is_short = room > len(work or ())
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), ASK_AGAIN_SECONDS if is_short else None)
+        except Exception as error:  # every ticket's caller learns of it
+            self._end_tickets(error)
+
+    async def _answer(self, work: Work) -> None:
+        """Have one row answered and stored."""
+        target = self._asking.targets[work.target]
+        try:
+            answer = to_answer(target.frame, await asyncio.gather(*[self._generate(request) for request in self._render(work, target)]))
+        except EngineDead as error:
+            await self._die(str(error))
+        except Exception as error:  # a row that breaks the engine's code is a failed row
+            answer = to_failed(target.frame, f"{type(error).__name__}: {error}")
+        failed = answer["parse_status"] == "request_failed"
+        try:
+            await self._puts.submit((work.number, work.target, work.key, failed, answer["num_completion_tokens"] or 0, json.dumps(answer, ensure_ascii=False)))
+        except Exception as error:
+            self._end_tickets(error)
+        self._num_running -= 1
+        if self._tickets:
+            self._tickets[0].num_left -= 1
+            if not self._tickets[0].num_left:
+                self._tickets.popleft().done.set_result(None)
+        if not self._num_running:
+            self._changed.set()
+
+    def _render(self, work: Work, target: Target) -> list[Request]:
+        prompt = render_prompt(target.template, work.row["premise"], work.row["hypothesis"])
+        length = int(work.row[self._asking.length_column]) if self._asking.length_column else None
+        return [Request(prompt, target.adapter, derive_seed(work.key, sample), length) for sample in range(self._asking.num_samples)]
+
+    async def _generate(self, request: Request) -> Generation:
+        return await asyncio.wrap_future(self._engine.submit(request))
+
+    async def _put(self, finished: Sequence[tuple]) -> list[None]:
+        if time.monotonic() - self._figures_at > FIGURES_SECONDS or not self._num_running - len(finished):
+            self._figures, self._figures_at = {"engine": self._engine.description, **self._engine.figures()}, time.monotonic()
+        _unwrap(await self._desk.put.remote(self._worker, list(finished), self._figures))
+        return [None] * len(finished)
+
+    async def _die(self, reason: str) -> None:
+        """End this process, so that Ray starts a new one with an engine that works."""
+        print(f"inference: the engine is dead ({reason}); this worker starts again", flush=True)
+        await asyncio.sleep(3 * PUT_SECONDS)  # what is finished is stored
+        await self._desk.bury.remote(self._worker, reason)
+        os._exit(1)
+
+    def _end_tickets(self, error: Exception | None = None) -> None:
+        while self._tickets:
+            done = self._tickets.popleft().done
+            if not done.done():
+                done.set_exception(error) if error else done.set_result(None)
+
+
+def describe_log() -> str:
+    """Where this worker's process writes what its engine says, and on which machine."""
+    import platform
+
+    import ray
+
+    folder = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
+    return f"{folder}/worker-{ray.get_runtime_context().get_worker_id()}-*.err on {platform.node()}"
+
+
+def _unwrap(answer):
+    if isinstance(answer, NLIError):
+        raise answer
+    return answer

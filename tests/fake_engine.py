@@ -1,0 +1,71 @@
+"""An engine without a model, for tests of what lies around engines: it notes what it is asked, takes its time, and breaks on demand.
+
+    monkeypatch.setattr("nli.inference.build_engine", functools.partial(build_fake_engine, FakeSettings(log="asked.txt", seconds=0.05)))
+
+What a row's premise holds decides what becomes of it: "raise" breaks the request, "kill" ends the process, "dead" ends the engine.
+"""
+
+import os
+import signal
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from nli.engines import EngineSettings, Generation, Request
+from nli.errors import EngineDead
+from nli.prompts import render_completion
+
+
+@dataclass(frozen=True)
+class FakeSettings:
+    log: str = ""
+    """file that gets a line `{process} {premise}` for each request that was answered"""
+    seconds: float = 0.0
+    at_once: int = 8
+    dies_when_loading: bool = False
+    load_seconds: float = 0.0
+
+
+class FakeEngine:
+    description = "fake 1.0"
+
+    def __init__(self, fake: FakeSettings, settings: EngineSettings) -> None:
+        if fake.dies_when_loading:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(fake.load_seconds)
+        self._fake, self._settings = fake, settings
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(fake.at_once)
+
+    def submit(self, request: Request) -> Future[Generation]:
+        return self._pool.submit(self._answer, request)
+
+    def _answer(self, request: Request) -> Generation:
+        premise = request.prompt.split("Premise: ")[1].split("\nHypothesis: ")[0]
+        if "kill" in premise:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(self._fake.seconds)
+        if "dead" in premise:
+            raise EngineDead("the device is gone")
+        if "raise" in premise:
+            raise ValueError("no such token")
+        if self._fake.log:
+            with self._lock, open(self._fake.log, "a", encoding="utf-8") as file:
+                file.write(f"{os.getpid()} {premise}\n")
+        label = request.seed % 2 if self._settings.decoding.temperature else len(premise) % 2
+        adapter = Path(request.adapter).name if request.adapter else "base"
+        text = render_completion(f"{adapter}: {premise}", label)
+        return Generation(text, "stop", len(request.prompt), request.num_tokens or len(text), probability=0.25 + 0.5 * label)
+
+    def figures(self) -> dict:
+        return {"load_seconds": self._fake.load_seconds, "compile_seconds": None, "peak_memory_gb": None, "batch_size": self._fake.at_once}
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+def build_fake_engine(fake: FakeSettings, name: str, settings: EngineSettings) -> FakeEngine:
+    """`nli.engines.build_engine` for tests."""
+    return FakeEngine(fake, settings)

@@ -1,0 +1,319 @@
+"""The store of finished rows, who works on which rows, and the vote: without Ray and without a model.
+
+python -m pytest tests/test_answer_store.py
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nli.answer_store import AnswerStore
+from nli.answers import derive_seed, to_answer, to_failed, vote
+from nli.engines import Generation
+from nli.errors import DataError, StorageError
+from nli.leases import COHORTS, FIRST_ROWS, MOST_STARTS, Leases
+from nli.prompts import render_completion
+from nli.records import Answer, row_key
+from nli.results import Tally, write_answers, write_report, write_table
+from nli.storage import read_jsonl
+from nli.worklist import Worklist, read_pending_work
+
+ODD = "two\r\ndogs\u2028 \x00 'quoted' \"n/a\" 犬 🐕"
+FRAME = {"answered_by": "m", "prompt_name": "student", "prompt_sha256": "0", "precision": "nf4", "engine": "transformers"}
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = AnswerStore(tmp_path / "results/run.answers.sqlite")
+    yield store
+    store.close()
+
+
+def entry(key, text="", failed=False):
+    return key, failed, json.dumps({"raw_text": text}, ensure_ascii=False)
+
+
+def example(number, premise="Two dogs ran.", label: int | None = 1):
+    return {"id": str(number), "premise": premise, "hypothesis": "Animals moved.", "true_label": label}
+
+
+def said(label, thought="T", probability=None, tokens=5):
+    return Generation(render_completion(thought, label), "stop", 60, tokens, probability=probability)
+
+
+def test_answers_come_back_as_they_were_put_for_many_keys_at_once(store):
+    keys = [f"{index}:0f" for index in range(1203)]
+    store.put(entry(key, ODD + key) for key in keys)
+    assert store.read(keys) == {key: {"raw_text": ODD + key} for key in keys}
+    assert store.read(["none"]) == {}
+    assert store.find_done([*keys, "none"]) == set(keys)
+    assert store.count() == 1203
+
+
+def test_a_good_answer_stands_and_a_failed_one_is_asked_again_by_the_next_run(store):
+    store.put([entry("a", "first"), entry("b", "no memory", failed=True)])
+    assert store.find_done(["a", "b"]) == {"a"}
+    assert store.find_done(["a", "b"], failed_since=store.started_at) == {"a", "b"}
+    later = AnswerStore(store.path)
+    later.started_at += 60
+    assert later.find_done(["a", "b"], failed_since=later.started_at) == {"a"}
+    later.put([entry("a", "second"), entry("b", "second")])
+    later.close()
+    assert store.read(["a", "b"]) == {"a": {"raw_text": "first"}, "b": {"raw_text": "second"}}
+    assert store.find_done(["a", "b"]) == {"a", "b"}
+
+
+def test_what_was_put_survives_the_death_of_the_process(tmp_path):
+    code = (
+        "import os, signal; from pathlib import Path; from nli.answer_store import AnswerStore\n"
+        f"store = AnswerStore(Path({str(tmp_path / 'a.sqlite')!r}))\n"
+        "for n in range(100): store.put([(str(n), False, '{}')])\n"
+        "print('put', flush=True); store.put((str(n), False, '{}') for n in iter(int, 1))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
+    assert process.stdout.readline() == "put\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    store = AnswerStore(tmp_path / "a.sqlite")
+    store.check()
+    assert store.find_done([str(n) for n in range(200)]) == {str(n) for n in range(100)}
+    store.close()
+
+
+def test_a_damaged_file_is_named_with_its_cure_and_left_alone(tmp_path):
+    path = tmp_path / "run.answers.sqlite"
+    path.write_bytes(b"this is no database" * 100)
+    with pytest.raises(StorageError, match=r"run\.answers\.sqlite: damaged \(file is not a database\)\. Move it away"):
+        AnswerStore(path)
+    assert path.read_bytes().startswith(b"this is no database")
+    path.unlink()
+    store = AnswerStore(path)
+    store.put(entry(str(number), "x" * 1000) for number in range(200))
+    store.close()
+    data = bytearray(path.read_bytes())
+    data[4096 * 3 : 4096 * 20] = b"\xff" * (4096 * 17)
+    path.write_bytes(data)
+    torn = AnswerStore(path)
+    with pytest.raises(StorageError, match=r"run\.answers\.sqlite: damaged"):
+        torn.check()
+    torn.close()
+
+
+def test_a_full_disk_keeps_what_was_stored_before(store):
+    store.put([entry("a", "kept")])
+    store._db.execute("PRAGMA max_page_count=4")
+    with pytest.raises(StorageError, match=r"cannot be read or written \(database or disk is full\).*what was stored before is kept"):
+        store.put(entry(str(number), "x" * 5000) for number in range(100))
+    assert store.read(["a", "0"]) == {"a": {"raw_text": "kept"}}
+
+
+def test_a_finished_output_is_read_in_where_the_store_is_gone(store, tmp_path):
+    rows = [example(number, ODD) | to_answer(FRAME, [said(1)]) for number in range(3)]
+    rows.append(example(3) | to_failed(FRAME, "no such token"))
+    output = tmp_path / "run.jsonl"
+    output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="\n")
+    store.read_in(output)
+    keys = [row_key(row) for row in rows]
+    assert store.find_done(keys) == set(keys[:3])
+    assert example(0, ODD) | store.read(keys)[keys[0]] == rows[0]
+    output.write_text('{"id": "1"}\n')
+    with pytest.raises(DataError, match=r"run\.jsonl:1: not a row of this project"):
+        store.read_in(output)
+
+
+def test_files_are_made_from_rows_and_store_alone(store, tmp_path):
+    rows = [example(0, ODD, 1), example(1, label=0) | {"phenomenon": "negation"}, example(2, label=None), example(3, label=0)]
+    answers = [to_answer(FRAME, [said(1, ODD, 0.9)]), to_answer(FRAME, [said(1)]), to_answer(FRAME, [said(0)]), to_failed(FRAME, "gone")]
+    store.put((row_key(row), answer["parse_status"] != "ok", json.dumps(answer)) for row, answer in zip(rows, answers, strict=True))
+    output = tmp_path / "run.jsonl"
+    with Worklist(tmp_path / "rows.sqlite") as worklist:
+        worklist.fill(((row, row_key(row).encode()) for row in rows), tmp_path / "in.csv")
+        tally = write_answers(worklist, store, output)
+        written = read_jsonl(output, Answer)
+        assert written == [{**row, **answer} for row, answer in zip(rows, answers, strict=True)]
+        assert tally.counts() | {"accuracy": None} == {
+            "rows": 4,
+            "unparsed": 1,
+            "failed": 1,
+            "forced": 0,
+            "labelled": 3,
+            "correct": 1,
+            "accuracy": None,
+            "completion_tokens": 15,
+        }
+        assert tally.metrics()["confusion"] == [[1, 0, 0], [1, 0, 1]]
+        write_report(output, {"status": "finished", "counts": {}})
+        assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8")) == {"status": "finished", "counts": {}, "rows": written}
+        write_table(output)
+        assert "\r\n1,Two dogs ran.,Animals moved.,0,1,,T," in (tmp_path / "run.csv").read_bytes().decode()
+    with Worklist(tmp_path / "rows.sqlite") as worklist:
+        worklist.fill([(example(9), row_key(example(9)).encode())], tmp_path / "in.csv")
+        with pytest.raises(StorageError, match="lacks the answer of row '9'"):
+            write_answers(worklist, store, output)
+    assert read_jsonl(output, Answer) == written
+
+
+def test_a_tally_without_labels_has_no_metrics():
+    tally = Tally()
+    tally.add(example(0, label=None) | to_answer(FRAME, [said(1)]))
+    assert tally.metrics() is None
+    assert tally.counts()["accuracy"] is None
+
+
+def test_rows_of_several_models_are_pending_apart(tmp_path):
+    rows = [example(number) for number in range(3)]
+    with Worklist(tmp_path / "rows.sqlite") as worklist:
+        worklist.fill(((row, row_key(row).encode()) for row in rows), tmp_path / "in.csv")
+        assert worklist.list_pending(lambda keys: set(keys[:1]), 0) == 2
+        assert worklist.list_pending(lambda keys: set(), 1) == 3
+        assert worklist.list_pending(lambda keys: set(keys[:2]), 0) == 1
+        work = list(read_pending_work(str(worklist.path), range(1, 100)))
+    assert sorted((target, row["id"]) for _, target, _, row in work) == [(0, "2"), (1, "0"), (1, "1"), (1, "2")]
+    assert all(key == row_key(row) for _, _, key, row in work)
+
+
+def test_each_sample_has_a_seed_of_its_own_in_every_run():
+    seeds = {derive_seed(f"{row}:0f", sample) for row in range(100) for sample in range(5)}
+    assert len(seeds) == 500 and all(0 <= seed < 2**31 for seed in seeds)
+    assert derive_seed("17:9c", 2) == 954689404
+
+
+VOTES = {
+    "most win, with the first thought that voted so": ([(0, "a", None), (1, "b", None), (1, "c", None)], 1, "b", [1, 2]),
+    "unparsed samples do not vote": ([None, None, (0, "a", None)], 0, "a", [1, 0]),
+    "a tie goes to the higher mean probability": ([(0, "a", 0.4), (1, "b", 0.9)], 1, "b", [1, 1]),
+    "and that may be the lower label": ([(1, "a", 0.55), (0, "b", 0.1)], 0, "b", [1, 1]),
+    "a tie without probabilities goes to the earlier": ([(0, "a", None), (1, "b", None)], 0, "a", [1, 1]),
+    "a tie in the middle too": ([(1, "a", 0.75), (0, "b", 0.25)], 1, "a", [1, 1]),
+    "if none votes, the first stands": ([None, None], None, None, [0, 0]),
+}
+
+
+@pytest.mark.parametrize(("samples", "label", "thought", "votes"), VOTES.values(), ids=list(VOTES))
+def test_samples_vote(samples, label, thought, votes):
+    generations = [said(sample[0], sample[1], sample[2]) if sample else Generation("no idea", "stop", 60, 2) for sample in samples]
+    answer = to_answer(FRAME, generations)
+    assert (answer["predicted_label"], answer["thought_process"], answer["votes"]) == (label, thought, votes)
+    assert answer["num_completion_tokens"] == sum(5 if sample else 2 for sample in samples)
+    Answer.model_validate(example(0) | answer)
+
+
+def test_one_sample_has_no_votes_and_a_failed_one_takes_no_part():
+    assert to_answer(FRAME, [said(1, probability=0.7)])["votes"] is None
+    assert to_answer(FRAME, [said(1, probability=0.7)])["label_probability"] == 0.7
+    failed = Generation(None, None, 61, None, "control token")
+    answer = to_answer(FRAME, [failed])
+    assert (answer["parse_status"], answer["problem"], answer["raw_text"], answer["num_prompt_tokens"]) == ("request_failed", "control token", "", 61)
+    answers = [to_answer(FRAME, [failed]), to_answer(FRAME, [said(1, probability=0.8)])]
+    assert (vote(answers)["predicted_label"], vote(answers)["label_probability"], vote(answers)["num_completion_tokens"]) == (1, 0.8, 5)
+
+
+def drain(leases, worker, kills=(), most=10**6):
+    """Take and finish until nothing is left or a row kills the worker; returns the rows finished, and whether it died."""
+    finished = []
+    while rows := leases.take(worker, most):
+        if set(rows) & set(kills):
+            return finished, True
+        leases.finish(worker, rows)
+        finished += rows
+    return finished, False
+
+
+def test_rows_are_given_out_once_and_in_order():
+    leases = Leases(100, most_held=40)
+    assert leases.begin("a", "log") is None
+    assert leases.take("a", 30) == list(range(1, 31))
+    assert leases.take("a", 30) == list(range(31, 41))
+    assert leases.take("a", 30) == []
+    leases.finish("a", range(1, 21))
+    assert leases.take("a", 100) == list(range(41, 61))
+    leases.finish("a", range(21, 61))
+    assert drain(leases, "a")[0] == list(range(61, 101))
+    assert leases.take("a", 1) is None and leases.is_done and leases.num_finished == 100
+
+
+def test_two_workers_share_what_is_left_however_much_one_could_hold():
+    leases = Leases(1000, most_held=1600)
+    leases.begin("a", "log")
+    leases.begin("b", "log")  # still loading its engine
+    first = leases.take("a", 1600)
+    assert len(first) == 500
+    leases.finish("a", first)
+    assert len(leases.take("a", 1600)) == 250
+    assert len(leases.take("b", 1600)) == 250
+
+
+def test_a_killed_worker_s_rows_are_taken_again_and_no_others():
+    leases = Leases(2000, most_held=200)
+    leases.begin("a", "log")
+    held = leases.take("a", 200)
+    leases.finish("a", held[:50])
+    assert leases.begin("a", "log") is None
+    again, died = drain(leases, "a")
+    assert sorted(again) == list(range(51, 2001)) and not died
+    assert again[-150:] == held[50:]  # suspects come last
+    assert (leases.is_done, leases.num_deaths, leases.pop_given_up()) == (True, 1, {})
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 17, 300, 5000])
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_a_row_that_kills_its_worker_each_time_is_given_up_and_all_others_are_done(num_rows, place):
+    poison = 1 if place == "first" else num_rows
+    leases, finished, given_up, starts = Leases(num_rows, most_held=1536), [], {}, 0
+    died = True
+    while died:
+        starts += 1
+        assert leases.begin("a", "log") is None
+        given_up |= leases.pop_given_up()
+        rows, died = drain(leases, "a", kills=[poison])
+        finished += rows
+    assert sorted(finished) == [row for row in range(1, num_rows + 1) if row != poison]
+    assert list(given_up) == [poison] and "with no other" in given_up[poison]
+    assert starts <= 3 + len(COHORTS) + len(FIRST_ROWS)
+
+
+def test_a_suspect_cohort_has_the_worker_to_itself():
+    leases = Leases(600, most_held=300)
+    leases.begin("a", "log")
+    leases.take("a", 300)
+    leases.begin("a", "log")
+    first = leases.take("a", 300)
+    assert len(first) == FIRST_ROWS[1]  # few rows after a start that led to nothing
+    leases.finish("a", first)
+    rest = leases.take("a", 300)
+    assert rest[0] == 317 and leases.take("a", 300) == []
+    while rest[-1] < 600:
+        leases.finish("a", rest)
+        rest = leases.take("a", 300)
+    assert leases.take("a", 300) == []  # not beside other rows
+    leases.finish("a", rest)
+    cohort = leases.take("a", 300)
+    assert cohort == list(range(1, 1 + COHORTS[1]))
+    leases.finish("a", cohort[1:])
+    assert leases.take("a", 300) == []
+    leases.finish("a", cohort[:1])
+    assert leases.take("a", 300)[0] == 1 + COHORTS[1]
+
+
+def test_an_engine_that_dies_whatever_it_is_given_is_named_with_its_log():
+    leases = Leases(5000, most_held=1536)
+    for _ in range(MOST_STARTS):
+        assert leases.begin("a", "/logs/worker.err") is None
+        assert leases.take("a", 1536)
+        leases.bury("a", "the device is gone")
+    reason = leases.begin("a", "/logs/worker.err")
+    assert reason == "3 starts in a row ended before a row was finished, the last one so: the device is gone. Its log: /logs/worker.err"
+    assert leases.pop_given_up() == {}
+    assert leases.begin("b", "/logs/other.err") is None
+    assert drain(leases, "b")[0][-1] <= 5000 and leases.is_done
+
+
+def test_an_engine_that_dies_while_loading_is_not_tried_for_ever():
+    leases = Leases(10, most_held=8)
+    assert [leases.begin("a", "log") is None for _ in range(5)] == [True, True, True, False, False]
