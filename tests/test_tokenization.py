@@ -1,10 +1,8 @@
 """The student's tokens: equal in training and at inference, equal to Mistral's own encoding, and masked where nothing is to be learnt."""
 
-import shutil
-from pathlib import Path
-
 import pytest
 
+from benchmarks.mistral_v3 import save_tokenizer
 from nli.errors import DataError
 from nli.examples import read_examples
 from nli.prompts import render_completion, render_student_prompt
@@ -31,14 +29,9 @@ def mistral_v3():
 @pytest.fixture(scope="module")
 def hub_v3(tmp_path_factory):
     """The same vocabulary in the Hugging Face form that a model folder holds."""
-    import mistral_common
-    from transformers import LlamaTokenizer
-
     folder = tmp_path_factory.mktemp("v3")
-    source = next((Path(mistral_common.__file__).parent / "data").glob("*240323.model.v3"))
-    shutil.copy(source, folder / "tokenizer.model")
-    LlamaTokenizer.from_pretrained(folder).save_pretrained(folder / "saved")
-    return load_tokenizer(str(folder / "saved"))
+    save_tokenizer(folder)
+    return load_tokenizer(str(folder))
 
 
 def encode_by_mistral(tokenizer, prompt: str, completion: str | None = None) -> list[int]:
