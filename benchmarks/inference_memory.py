@@ -1,6 +1,6 @@
 """Does memory stay flat? The job on many rows and on ten times as many, with the tiny model and without thoughts, its processes' memory sampled.
 
-The driver, the actors and the store of answers are each held against themselves: the peak at ten times the rows over the peak at the rows.
+The driver, the workers and the desk that stores answers are each held against themselves: the peak at ten times the rows over the peak at the rows.
 """
 
 import subprocess
@@ -14,7 +14,7 @@ from benchmarks.inference_workload import write_pairs
 from benchmarks.ray_run import MemorySampler
 
 TIMES = 10
-ROLES = {"Student": "worker", "Map": "worker", "Answer": "store", "Service": "store"}
+ROLES = {"MapWorker(": "worker", "Desk": "desk"}
 
 
 def run_memory(board: Board, rows: int, options: Sequence[str] = ()) -> None:

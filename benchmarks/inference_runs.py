@@ -110,29 +110,14 @@ class Board:
 
 
 def read_job(files: Sequence[Path]) -> dict:
-    """What the job's result files say of their run: rows, seconds of load and rows, tokens, unparsed, engine."""
+    """What the job's result files say of their run: rows, tokens, seconds of load and rows, engines."""
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     answers = [row for content in contents for row in content["rows"]]
-    first = {key: value for key, value in contents[0].items() if key != "rows"}
-    found = {"rows": len(answers), "output_tokens": sum(row.get("num_completion_tokens") or 0 for row in answers)}
-    found |= {"prompt_tokens": sum(row.get("num_prompt_tokens") or 0 for row in answers), "failed": sum(row["raw_text"] == "" for row in answers)}
-    for name in ("load_seconds", "compile_seconds", "rows_seconds", "peak_memory_gb", "batch_size"):
-        found[name] = find_figure(first, name)
-    found["rows_seconds"] = found["rows_seconds"] or find_figure(first, "seconds")
-    found["engine"] = answers[0].get("engine") if answers else None
-    found["timing"] = first.get("timing") or (first.get("counts") or {}).get("timing")
-    return found
-
-
-def find_figure(content: object, name: str) -> float | None:
-    """The first number of that name anywhere in nested objects."""
-    if isinstance(content, Mapping):
-        if isinstance(content.get(name), int | float):
-            return content[name]
-        return next((value for value in (find_figure(item, name) for item in content.values()) if value is not None), None)
-    if isinstance(content, list):
-        return next((value for value in (find_figure(item, name) for item in content) if value is not None), None)
-    return None
+    timing = contents[0].get("timing") or {}
+    found = {"rows": len(answers), "failed": sum(row["parse_status"] == "request_failed" for row in answers)}
+    found |= {f"{kind}_tokens": sum(row.get(f"num_{name}_tokens") or 0 for row in answers) for kind, name in (("output", "completion"), ("prompt", "prompt"))}
+    found |= {name: timing.get(name) for name in ("load_seconds", "compile_seconds", "peak_memory_gb", "engines")}
+    return found | {"rows_seconds": timing.get("row_seconds"), "job_seconds": timing.get("seconds")}
 
 
 def add_rates(result: dict) -> dict:
