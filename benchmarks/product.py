@@ -27,6 +27,7 @@ from benchmarks.product_head import REPOSITORY, Head, find_processes
 _DEMO = "--compute-dtype fp32 --learning-rate 2e-3 --epochs 4 --eval-steps 0 --per-device-batch-size 32 --max-length 128 --activation-checkpointing False"
 DEMO = _DEMO.split()  # configs/demo/pipeline.py
 KEY_LINES = ("sft", "inference", "export", "thoughts", "reflections", "sft_data", "prepare", "evaluation", "model ", "tiny", "seven-b", "teacher", "  ")
+NOISE = ("%|", "it/s", "core_worker.cc")
 ROWS_LIMIT = 25  # key lines of one job
 
 
@@ -163,7 +164,8 @@ class Product:
 
 def pick_lines(output: str) -> list[str]:
     """The lines of a job's output that say what it did: its stage's own, without Ray's log and progress."""
-    own = [line.rstrip() for line in output.splitlines() if line.startswith(KEY_LINES) and not line.startswith("    ") and "it/s" not in line]
+    own = [line.rstrip() for line in output.splitlines() if line.startswith(KEY_LINES) and not line.startswith("    ")]
+    own = [line for line in own if not any(map(line.__contains__, NOISE))]
     return [line for line in own if line.strip()][-ROWS_LIMIT:]
 
 

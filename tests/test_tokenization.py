@@ -1,5 +1,7 @@
 """The student's tokens: equal in training and at inference, equal to Mistral's own encoding, and masked where nothing is to be learnt."""
 
+from pathlib import Path
+
 import pytest
 
 from benchmarks.mistral_v3 import save_tokenizer
@@ -26,12 +28,15 @@ def mistral_v3():
     return MistralTokenizer.v3()
 
 
-@pytest.fixture(scope="module")
-def hub_v3(tmp_path_factory):
-    """The same vocabulary in the Hugging Face form that a model folder holds."""
-    folder = tmp_path_factory.mktemp("v3")
+def load_hub_v3(folder: Path):
+    """Mistral's v3 vocabulary in the Hugging Face form that a model folder holds."""
     save_tokenizer(folder)
     return load_tokenizer(str(folder))
+
+
+@pytest.fixture(scope="module")
+def hub_v3(tmp_path_factory):
+    return load_hub_v3(tmp_path_factory.mktemp("v3"))
 
 
 def encode_by_mistral(tokenizer, prompt: str, completion: str | None = None) -> list[int]:
