@@ -150,6 +150,8 @@ class Product:
 
     def evaluate(self, output: str, names: Sequence[str]) -> None:
         """Compare result files and print the table."""
+        if not names:
+            raise RuntimeError("no engine answered")
         files = [f"results/{name}.jsonl" for name in names]
         self.submit("evaluate_predictions", "--predictions", *files, "--names", *names, "--output-dir", f"results/{output}")
 
