@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.callers import make_row
@@ -53,8 +54,8 @@ def run_stage(server: RunningServer, folder: Path, num_rows: int, workers: int, 
 class MemorySampler:
     """Peaks of proportional and resident set size of a process and all that it starts, by role, from a thread."""
 
-    def __init__(self, process_id: int) -> None:
-        self._root = process_id
+    def __init__(self, process_id: int, roles: Mapping[str, str] = ROLES) -> None:
+        self._root, self._roles = process_id, roles
         self._peaks: dict[str, dict[str, float]] = defaultdict(lambda: {"pss": 0.0, "rss": 0.0})
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -84,21 +85,21 @@ class MemorySampler:
             processes = psutil.Process(self._root).children(recursive=True)
         except psutil.Error:
             return found
-        for process_id, role in [(self._root, "driver"), *((process.pid, _role_of(process)) for process in processes)]:
+        for process_id, role in [(self._root, "driver"), *((process.pid, _role_of(process, self._roles)) for process in processes)]:
             sizes = _read_sizes(process_id) if role else None
             if sizes:
                 found.append((role, sizes))
         return found
 
 
-def _role_of(process) -> str | None:
+def _role_of(process, roles: Mapping[str, str]) -> str | None:
     import psutil
 
     try:
         title = " ".join(process.cmdline())
     except psutil.Error:
         return None
-    return next((role for name, role in ROLES.items() if title.startswith("ray::") and name in title), None)
+    return next((role for name, role in roles.items() if title.startswith("ray::") and name in title), None)
 
 
 def _read_sizes(process_id: int) -> dict[str, float] | None:

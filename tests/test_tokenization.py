@@ -1,10 +1,10 @@
 """The student's tokens: equal in training and at inference, equal to Mistral's own encoding, and masked where nothing is to be learnt."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 
+from benchmarks.mistral_v3 import save_tokenizer
 from nli.errors import DataError
 from nli.examples import read_examples
 from nli.prompts import render_completion, render_student_prompt
@@ -30,13 +30,8 @@ def mistral_v3():
 
 def load_hub_v3(folder: Path):
     """Mistral's v3 vocabulary in the Hugging Face form that a model folder holds."""
-    import mistral_common
-    from transformers import LlamaTokenizer
-
-    source = next((Path(mistral_common.__file__).parent / "data").glob("*240323.model.v3"))
-    shutil.copy(source, folder / "tokenizer.model")
-    LlamaTokenizer.from_pretrained(folder).save_pretrained(folder / "saved")
-    return load_tokenizer(str(folder / "saved"))
+    save_tokenizer(folder)
+    return load_tokenizer(str(folder))
 
 
 @pytest.fixture(scope="module")
