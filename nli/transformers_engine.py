@@ -158,9 +158,10 @@ class TransformersEngine:
             self._use_adapter(max(self.adapters, key=lambda name: (len(self.waiting[name]) + len(self.labels[name]), name == self.adapter)))
         waiting, labels = self.waiting[self.adapter], self.labels[self.adapter]
         free = self.batch_size - len(self.active)
-        if waiting and free >= max(1, min(self.batch_size // 8, len(waiting))):
+        few = max(1, self.batch_size // 8)  # to read fewer prompts takes a GPU as long
+        if waiting and free >= min(few, len(waiting)):
             self._read(_pop_longest(waiting, free, self.most_tokens))
-        elif labels and (len(labels) >= self.batch_size or not (self.active or waiting)):
+        elif labels and (len(labels) >= few or not self.active):
             self._sort()
             self._read_labels(_pop_longest(labels, len(labels), self.most_tokens))
         elif self.active:
@@ -247,7 +248,10 @@ class TransformersEngine:
         if ended:
             self._leave(set(ended))
         for row in ended:
-            generation = finish(self.tokenizer, row, self.decoding, self.longest)
+            try:
+                generation = finish(self.tokenizer, row, self.decoding, self.longest)
+            except Exception as error:  # whatever is wrong with one text concerns no other
+                generation = fail(row, f"{type(error).__name__}: {first_line(error)}")
             if generation is None:
                 self.labels[row.request.adapter].append(row)
             else:
