@@ -81,6 +81,14 @@ def admit(tokenizer: "PreTrainedTokenizerBase", request: Request, future: Future
     return row
 
 
+def take_longest(rows: list[Row], most_rows: int, most_tokens: int) -> list[Row]:
+    """Take the last of rows that are sorted by length, as many as fit."""
+    count = max(1, min(most_rows, most_tokens // len(rows[-1].ids), len(rows)))
+    popped = rows[-count:]
+    del rows[-count:]
+    return popped
+
+
 def draw(rows: list[Row], steps: int, device) -> "list[torch.Tensor | None]":
     """For each of the next steps a number for each row; None where nothing is left to chance."""
     if rows[0].series is None:

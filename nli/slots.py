@@ -107,10 +107,17 @@ class Slots:
         self.num_slots, self.columns = len(self.lengths), _round_up(max(self.lengths, default=0) + 1)
         self.cache.fit()
 
+    def drop(self) -> None:
+        """Give up all rows and their memory."""
+        self.num_slots = self.columns = 0
+        self.rewind([])
+        for layer in self.cache.layers:
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+
     def close(self) -> None:
-        """Give the memory back."""
-        self.lengths = []
-        self.cache.layers.clear()
+        """Give up the rows, and leave the model as it was."""
+        self.drop()
         self.hook.remove()
 
     def _pick_last(self, module, inputs):

@@ -224,7 +224,8 @@ def test_out_of_memory_halves_the_batch_and_loses_no_row(build, requests, capsys
     ]
 
 
-def test_out_of_memory_while_writing_keeps_what_still_fits(build, requests, monkeypatch):
+@pytest.mark.parametrize("room", ["for half", "for none", "to move none"])
+def test_out_of_memory_while_writing_keeps_what_still_fits(build, requests, monkeypatch, room):
     import torch
 
     decoding = Decoding(max_new_tokens=48, temperature=1.0)
@@ -239,9 +240,16 @@ def test_out_of_memory_while_writing_keeps_what_still_fits(build, requests, monk
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return step(tokens)
 
+    def fail(*_):
+        monkeypatch.undo()
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
     monkeypatch.setattr(engine.slots, "step", step_that_fails_once)
+    if room != "for half":
+        monkeypatch.setattr(engine.slots, "fit" if room == "for none" else "keep", fail)
     assert texts(answer_all(engine, requests)) == expected
-    assert calls[5:8] == [16, 16, 8] and max(calls[8:]) == 8
+    assert engine.figures()["batch_size"] == 8
+    assert room != "for half" or (calls[5:8] == [16, 16, 8] and max(calls[8:]) == 8)
 
 
 def test_one_row_that_does_not_fit_alone_is_told(build, requests, monkeypatch):

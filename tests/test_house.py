@@ -24,7 +24,7 @@ BANDS = {
     "model": {
         *("tokenization", "model", "checkpoints", "engines", "saving", "preflight", "preflight_report", "watching", "watch_beside"),
         *("memory", "attention", "batches", "kernels", "trainer", "tracking", "training", "transformers_engine", "labels"),
-        *("slots", "answering"),
+        *("slots", "answering", "attempts"),
     },
     "stages": {"thoughts", "reflections", "sft_data", "sft", "sweep", "export", "inference", "evaluation", "account", "data_checks", "pipeline"},
 }
