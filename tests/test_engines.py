@@ -379,11 +379,38 @@ def test_nf4_weights_multiplied_out_are_what_bitsandbytes_computes_with(dtype):
         assert torch.equal(quantised(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
+def test_nf4_weights_stay_as_they_are_where_a_gpu_has_no_room(monkeypatch, capsys):
+    import torch
+
+    from nli.model import load_base, multiply_out
+
+    quantised = load_base(TINY_BASE, "nf4", "bf16", "cpu", "sdpa")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * 2**30, 80 * 2**30))
+    assert multiply_out(quantised, "cuda:0") is quantised
+    assert any(type(module).__name__ == "Linear4bit" for module in quantised.modules())
+    assert "weights stay in NF4" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("precision", "dtype"), [("nf4", "fp32"), ("nf4", "bf16"), ("bf16", "bf16")])
 def test_other_precisions_answer_too(build, requests, precision, dtype):
     engine = build(precision=precision, compute_dtype=dtype)
     assert all(generation.problem == "" and generation.text for generation in answer_all(engine, requests[:8]))
     assert str(engine.model.dtype) == {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[dtype]
+
+
+def test_a_gpu_that_cannot_compute_any_more_is_no_fault_of_a_row(monkeypatch):
+    import torch
+
+    from nli.attempts import attempt
+
+    freed = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(True))
+    failure = attempt(lambda: 1 / 0, "cuda:0")[1]
+    assert (failure.out_of_memory, failure.problem, freed) == (False, "ZeroDivisionError: division by zero", [True])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: 1 / 0)
+    with pytest.raises(EngineDead, match="The GPU failed: ZeroDivisionError"):
+        attempt(lambda: 1 / 0, "cuda:0")
 
 
 def test_what_ends_the_engine_is_raised_out_of_every_future(build, requests, monkeypatch):
