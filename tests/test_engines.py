@@ -193,6 +193,19 @@ def test_samples_are_drawn_as_often_as_the_softmax_says():
         assert choose_tokens(logits[:1], torch.arange(4), 0.7, torch.tensor([number], dtype=torch.double))[0].item() == token
 
 
+def test_an_adapters_answers_are_those_of_plain_peft(build, prompts, requests, tmp_path):
+    from nli.model import load_adapter, load_base
+    from nli.tokenization import load_tokenizer
+
+    folder = str(make_adapter(tmp_path / "adapter", "none", 0.05))
+    plain = load_adapter(load_base(TINY_BASE, "none", "fp32", "cpu"), folder).eval(), load_tokenizer(TINY_BASE)
+    generations = answer_all(build(adapters=(folder,)), [Request(one.prompt, folder) for one in requests[:12]])
+    for prompt, generation in zip(prompts, generations, strict=False):
+        assert generation.text == generate(*plain, prompt, 48)[0]
+        if parse_answer(generation.text).fields:
+            assert generation.probability == pytest.approx(label_probability(*plain, prompt, generation.text), abs=1e-3)
+
+
 def test_one_engine_serves_several_adapters_and_the_base(build, requests, tmp_path):
     folders = [str(make_adapter(tmp_path / str(scale), "none", scale)) for scale in (0.02, 0.1)]
     alone = [texts(answer_all(build(adapters=(folder,)), [Request(one.prompt, folder) for one in requests])) for folder in folders]
