@@ -112,6 +112,7 @@ def test_a_jobs_figures_come_from_its_timing_and_rows(tmp_path):
     assert (found["load_seconds"], found["rows_seconds"], found["peak_memory_gb"]) == (4.5, 2.0, None)
 
 
-def test_key_lines_of_a_job_are_its_stages_own():
-    output = "2026-11-25 INFO worker.py:1 -- Connecting\nsft: 40 steps\n(pid=3) x\ninference: tiny: 0 of 400 unparsed\n  12.0 rows/s\n"
-    assert pick_lines(output) == ["sft: 40 steps", "inference: tiny: 0 of 400 unparsed", "  12.0 rows/s"]
+def test_key_lines_of_a_job_are_its_stages_own_once_each_without_rays_names():
+    output = "2026-11-25 INFO worker.py:1 -- Connecting\nsft: 40 steps\n\x1b[36m(RayTrainWorker pid=3)\x1b[0m sft a: goes on from checkpoint-2\n"
+    output += "inference:  40%|██ | 2/5\ninference: tiny: 0 of 400 unparsed\n  12.0 rows/s\nsft: 40 steps\n"
+    assert pick_lines(output) == ["sft: 40 steps", "sft a: goes on from checkpoint-2", "inference: tiny: 0 of 400 unparsed", "  12.0 rows/s"]
