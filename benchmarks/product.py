@@ -28,7 +28,7 @@ _DEMO = "--compute-dtype fp32 --learning-rate 2e-3 --epochs 4 --eval-steps 0 --p
 DEMO = _DEMO.split()  # configs/demo/pipeline.py
 KEY_LINES = ("sft", "inference", "export", "thoughts", "reflections", "sft_data", "prepare", "evaluation", "model ", "tiny", "seven-b", "teacher", "  ")
 NOISE = ("%|", "it/s", "core_worker.cc")
-PREFIX = re.compile(r"\x1b\[\d+m|^(\x1b\[\d+m)?\([^)]*pid=\d+[^)]*\)(\x1b\[\d+m)? ")  # Ray's colours, and its name for a worker
+COLOUR, WORKER = re.compile(r"\x1b\[\d+m"), re.compile(r"^\([^)]*pid=\d+[^)]*\) ")  # how Ray shows what a worker prints
 ROWS_LIMIT = 25  # key lines of one job
 
 
@@ -170,7 +170,7 @@ class Product:
 
 def pick_lines(output: str) -> list[str]:
     """The lines of a job's output that say what it did: its stage's own, without Ray's log and progress."""
-    lines = [PREFIX.sub("", line).rstrip() for line in output.splitlines()]
+    lines = [WORKER.sub("", COLOUR.sub("", line)).rstrip() for line in output.splitlines()]
     own = [line for line in lines if line.startswith(KEY_LINES) and not line.startswith("    ") and not any(map(line.__contains__, NOISE))]
     return [line for line in dict.fromkeys(own) if line.strip()][-ROWS_LIMIT:]
 
