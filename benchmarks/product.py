@@ -27,7 +27,7 @@ from benchmarks.product_head import REPOSITORY, Head, find_processes
 _DEMO = "--compute-dtype fp32 --learning-rate 2e-3 --epochs 4 --eval-steps 0 --per-device-batch-size 32 --max-length 128 --activation-checkpointing False"
 DEMO = _DEMO.split()  # configs/demo/pipeline.py
 KEY_LINES = ("sft", "inference", "export", "thoughts", "reflections", "sft_data", "prepare", "evaluation", "model ", "tiny", "seven-b", "teacher", "  ")
-NOISE = ("%|", "it/s", "core_worker.cc")
+NOISE = ("%|", "it/s", "core_worker.cc", "torch.nn.")
 COLOUR, WORKER = re.compile(r"\x1b\[\d+m"), re.compile(r"^\([^)]*pid=\d+[^)]*\) ")  # how Ray shows what a worker prints
 ROWS_LIMIT = 25  # key lines of one job
 
