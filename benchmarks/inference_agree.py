@@ -6,7 +6,8 @@
 transformers and PEFT alone, in fp32, batch 1, and computes by teacher forcing
 
 - at each first divergence of two engines: the two tokens' log-probabilities and the two best there
-- for each row of each engine: the probability of label 1, the softmax over the two label tokens where the engine's own text says its label
+- for each row of each engine: the probability of label 1, the softmax over the two label tokens where the engine's own text says its label; `undecided` counts
+  rows where it lies between 0.01 and 0.99, which are few after a thought and many with --options=--no-cot
 """
 
 import argparse
@@ -158,14 +159,21 @@ def run_reference(model: str, base: str, pairs: Path) -> None:
         result = {"pair": [left, right], **compared, "divergences": len(listed), "widest_best_gap": widest, "listed": listed}
         print("RESULT", json.dumps(result, ensure_ascii=False), flush=True)
     for spec, rows in answers.items():
-        differences, missing = [], 0
+        differences, missing, undecided = [], 0, 0
         for row in rows:
             told, expected = row.get("label_probability"), reference.read_label_probability(render(row), row["raw_text"])
             if told is None or expected is None:
                 missing += 1
             else:
                 differences.append(abs(told - expected))
-        result = {"engine": spec, "rows": len(rows), "without_probability": missing, "max_difference": round(max(differences, default=-1.0), 6)}
+                undecided += 0.01 < expected < 0.99
+        result = {
+            "engine": spec,
+            "rows": len(rows),
+            "without_probability": missing,
+            "undecided": undecided,
+            "max_difference": round(max(differences, default=-1.0), 6),
+        }
         result |= {"mean_difference": round(sum(differences) / len(differences), 6) if differences else None}
         result |= {"unparsed": sum(row["parse_status"] != "ok" for row in rows)}
         print("RESULT", json.dumps(result), flush=True)
