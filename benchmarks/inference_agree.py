@@ -174,6 +174,7 @@ def run_reference(model: str, base: str, pairs: Path) -> None:
             "undecided": undecided,
             "max_difference": round(max(differences, default=-1.0), 6),
         }
+        result |= {"max_difference": round(max(differences), 6) if differences else None}
         result |= {"mean_difference": round(sum(differences) / len(differences), 6) if differences else None}
         result |= {"unparsed": sum(row["parse_status"] != "ok" for row in rows)}
         print("RESULT", json.dumps(result), flush=True)
