@@ -29,6 +29,7 @@ from benchmarks.inference_runs import Board
 from benchmarks.inference_workload import ROWS, write_workload
 
 BUDGET_SECONDS = 590.0
+ENGINES = ["vllm:bf16", "transformers:bf16", "transformers:bf16:7:reversed", "transformers:fp32", "transformers:fp32:7:reversed"]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,8 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--merged", type=int, default=0)
     parser.add_argument("--tokenizer", type=Path, help="folder of the v3 tokenizer, where sentencepiece is not installed")
     parser.add_argument("--precision", default="bf16", help="of scaling and adapters")
-    parser.add_argument("--engines", nargs="+", default=["vllm:bf16", "transformers:bf16", "transformers:bf16:7", "transformers:fp32"], help="of agree")
-    parser.add_argument("--options", default="", help="further flags of the job, in one word")
+    parser.add_argument("--engines", nargs="+", default=ENGINES, help="of agree")
+    parser.add_argument("--options", default="", help="further flags of the job: --options=--no-cot")
     parser.add_argument("--model", default="", help="of agree: the adapter")
     parser.add_argument("--base", default="data/sample/tiny-mistral")
     parser.add_argument("--data", default="data/sample/test.csv")

@@ -6,12 +6,15 @@
 transformers and PEFT alone, in fp32, batch 1, and computes by teacher forcing
 
 - at each first divergence of two engines: the two tokens' log-probabilities and the two best there
-- for each row of each engine: the probability of label 1, the softmax over the two label tokens where the engine's own text says its label
+- for each row of each engine: the probability of label 1, the softmax over the two label tokens where the engine's own text says its label; `undecided` counts
+  rows where it lies between 0.01 and 0.99, which are few after a thought and many with --options=--no-cot
 """
 
 import argparse
+import csv
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,14 +25,12 @@ LABEL = re.compile(r'"predicted_label"\s*:\s*([01])')
 
 
 def run_agree(board: Board, model: str, base: str, data: str, engines: Sequence[str], options: Sequence[str] = ()) -> dict | None:
-    """Answer the rows with each of the engines, named engine:precision[:batch size], then compare. None where fewer than two answered."""
-    import sys
-
-    files = {}
+    """Answer the rows with each of the engines, engine:precision[:batch size[:reversed]], then compare. None where fewer than two answered."""
+    files, ordered = {}, write_ordered(Path(data), board.folder)
     for spec in engines:
-        engine, precision, *batch = spec.split(":")
-        chosen = ["--engine", engine, "--base-model", base, *(["--batch-size", batch[0]] if batch else []), *options]
-        result = board.run_job(f"agree-{spec.replace(':', '-')}", precision=precision, options=chosen, forced=False, model=model, data=data)
+        engine, precision, batch, order = [*spec.split(":"), "", ""][:4]
+        chosen = ["--engine", engine, "--base-model", base, *(["--batch-size", batch] if batch else []), *options]
+        result = board.run_job(f"agree-{spec.replace(':', '-')}", precision=precision, options=chosen, forced=False, model=model, data=ordered[order])
         found = sorted(Path(result["folder"]).glob("*.jsonl"))
         if found and "failed_with" not in result:
             files[spec] = str(found[0])
@@ -47,14 +48,29 @@ def run_agree(board: Board, model: str, base: str, data: str, engines: Sequence[
     return {"compared": len(lines)}
 
 
+def write_ordered(data: Path, folder: Path) -> dict[str, Path]:
+    """The rows under ids of their own, as they are and from the last to the first."""
+    with open(data, encoding="utf-8", newline="") as file:
+        rows = [{"id": index} | {name: value for name, value in row.items() if name != "id"} for index, row in enumerate(csv.DictReader(file))]
+    paths = {"": folder / "agree.csv", "reversed": folder / "agree-reversed.csv"}
+    for path, taken in zip(paths.values(), (rows, rows[::-1]), strict=True):
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(taken)
+    return paths
+
+
 def pair_up(specs: Sequence[str]) -> list[tuple[str, str]]:
-    """Pairs to compare: the first engine of each precision with the others of it; the first two where no precision stands twice."""
-    pairs = []
-    for index, spec in enumerate(specs):
-        first = next(other for other in specs if other.split(":")[1] == spec.split(":")[1])
-        if first != spec:
-            pairs.append((first, specs[index]))
-    return pairs or [(specs[0], specs[1])]
+    """Pairs to compare: each engine with the first of its precision, and with the first of itself; the first two where there is no such pair."""
+    parts = {spec: spec.split(":") for spec in specs}
+    pairs = {}
+    for spec in specs:
+        for kept in (slice(1, 2), slice(0, 2)):
+            first = next(other for other in specs if parts[other][kept] == parts[spec][kept])
+            if first != spec:
+                pairs[first, spec] = None
+    return list(pairs) or [(specs[0], specs[1])]
 
 
 class Reference:
@@ -131,7 +147,8 @@ def run_reference(model: str, base: str, pairs: Path) -> None:
     from benchmarks.inference_model import choose_device
 
     files = json.loads(pairs.read_text(encoding="utf-8"))["results"]
-    answers = {spec: [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()] for spec, path in files.items()}
+    answers = {spec: [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line] for spec, path in files.items()}
+    answers = {spec: sorted(rows, key=lambda row: int(row["id"])) for spec, rows in answers.items()}
     reference = Reference(model, base, choose_device())
     for left, right in pair_up(list(answers)):
         compared = compare_answers(answers[left], answers[right])
@@ -142,14 +159,22 @@ def run_reference(model: str, base: str, pairs: Path) -> None:
         result = {"pair": [left, right], **compared, "divergences": len(listed), "widest_best_gap": widest, "listed": listed}
         print("RESULT", json.dumps(result, ensure_ascii=False), flush=True)
     for spec, rows in answers.items():
-        differences, missing = [], 0
+        differences, missing, undecided = [], 0, 0
         for row in rows:
             told, expected = row.get("label_probability"), reference.read_label_probability(render(row), row["raw_text"])
             if told is None or expected is None:
                 missing += 1
             else:
                 differences.append(abs(told - expected))
-        result = {"engine": spec, "rows": len(rows), "without_probability": missing, "max_difference": round(max(differences, default=-1.0), 6)}
+                undecided += 0.01 < expected < 0.99
+        result = {
+            "engine": spec,
+            "rows": len(rows),
+            "without_probability": missing,
+            "undecided": undecided,
+            "max_difference": round(max(differences, default=-1.0), 6),
+        }
+        result |= {"max_difference": round(max(differences), 6) if differences else None}
         result |= {"mean_difference": round(sum(differences) / len(differences), 6) if differences else None}
         result |= {"unparsed": sum(row["parse_status"] != "ok" for row in rows)}
         print("RESULT", json.dumps(result), flush=True)

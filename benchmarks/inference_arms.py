@@ -37,6 +37,7 @@ def run_bare_vllm(arguments: argparse.Namespace) -> dict:
     quantization = {"bf16": None, "fp8": "fp8", "nf4": "bitsandbytes"}[arguments.precision]
     llm = LLM(
         model=arguments.model,
+        tokenizer_mode="hf",
         dtype="bfloat16",
         quantization=quantization,
         max_model_len=1024,

@@ -2,7 +2,7 @@
 
     python -m benchmarks.product tiny                  sample world, tiny base, the demo's values: SFT data, SFT, inference, evaluation (about 4 minutes)
     python -m benchmarks.product seven-b               random weights in the 7B's shape: SFT of 40 steps, killed and resumed, export, vLLM, evaluation (about 7)
-    python -m benchmarks.product tiny seven-b --cpu --steps 6     the same on a CPU with the transformers engine, seven-b in a tiny shape: does it run at all?
+    python -m benchmarks.product tiny seven-b --cpu --steps 6     the same on a CPU with the transformers engine and the tiny base: does it run?
 
 Everything lies in --folder, which is the jobs' storage root: models/tiny is the adapter that benchmarks.inference compares engines on. A job's whole output
 goes to product.log, its key lines and seconds to results.jsonl, both in $OUT if it is set. What is finished there is not repeated. The head has ports and a
@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,13 +22,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.inference_model import build_base
 from benchmarks.product_head import REPOSITORY, Head, find_processes
 
 _DEMO = "--compute-dtype fp32 --learning-rate 2e-3 --epochs 4 --eval-steps 0 --per-device-batch-size 32 --max-length 128 --activation-checkpointing False"
 DEMO = _DEMO.split()  # configs/demo/pipeline.py
 KEY_LINES = ("sft", "inference", "export", "thoughts", "reflections", "sft_data", "prepare", "evaluation", "model ", "tiny", "seven-b", "teacher", "  ")
-NOISE = ("%|", "it/s", "core_worker.cc")
+NOISE = ("%|", "it/s", "core_worker.cc", "torch.nn.")
+COLOUR, WORKER = re.compile(r"\x1b\[\d+m"), re.compile(r"^\([^)]*pid=\d+[^)]*\) ")  # how Ray shows what a worker prints
 ROWS_LIMIT = 25  # key lines of one job
 
 
@@ -72,7 +73,7 @@ class Product:
         with open(self.out / "product.log", "a", encoding="utf-8") as file:
             file.write(f"==== {' '.join(command)}\n{output[-(2**20) :]}\n==== exit status {process.returncode}, {seconds} s\n")
         lines = pick_lines(output)
-        print("\n".join(f"  {line}" for line in lines), f"\n  ({seconds} s)", flush=True)
+        print("\n".join([*(f"  {line}" for line in lines), f"  ({seconds} s)"]), flush=True)
         self.record(step=job, flags=[str(flag) for flag in flags], seconds=seconds, killed_after=killed, exit_status=process.returncode, lines=lines)
         if timed_out or (process.returncode and killed is None):
             raise RuntimeError(f"{job}: {'no end' if timed_out else f'exit status {process.returncode}'} after {seconds} s; {output[-1500:]}")
@@ -115,9 +116,12 @@ class Product:
     def run_seven_b(self) -> None:
         """A base of the 7B's shape: 40 steps, killed after the first checkpoint and resumed, merged, asked by vLLM."""
         self.make_sft_data()
-        cpu, base = self.arguments.cpu, Path(self.arguments.base or self.folder / "base")
+        cpu = self.arguments.cpu
+        base = REPOSITORY / "data/sample/tiny-mistral" if cpu else Path(self.arguments.base or self.folder / "base")
         started = time.monotonic()
-        build_base(base, "tiny" if cpu else "7b")
+        if not cpu and not (base / "generation_config.json").exists():  # in a process of its own, so that the GPU is free afterwards
+            making = f"from pathlib import Path; from benchmarks.inference_model import build_base; build_base(Path({str(base)!r}), '7b')"
+            subprocess.run([sys.executable, "-c", making], cwd=REPOSITORY, check=True)
         self.record(step="base", seconds=round(time.monotonic() - started, 1))
         steps = self.arguments.steps or 40
         cadence = [
@@ -166,9 +170,9 @@ class Product:
 
 def pick_lines(output: str) -> list[str]:
     """The lines of a job's output that say what it did: its stage's own, without Ray's log and progress."""
-    own = [line.rstrip() for line in output.splitlines() if line.startswith(KEY_LINES) and not line.startswith("    ")]
-    own = [line for line in own if not any(map(line.__contains__, NOISE))]
-    return [line for line in own if line.strip()][-ROWS_LIMIT:]
+    lines = [WORKER.sub("", COLOUR.sub("", line)).rstrip() for line in output.splitlines()]
+    own = [line for line in lines if line.startswith(KEY_LINES) and not line.startswith("    ") and not any(map(line.__contains__, NOISE))]
+    return [line for line in dict.fromkeys(own) if line.strip()][-ROWS_LIMIT:]
 
 
 @contextlib.contextmanager
@@ -206,7 +210,7 @@ def main() -> None:
         for part in arguments.parts:
             try:
                 {"tiny": product.run_tiny, "seven-b": product.run_seven_b}[part]()
-            except (RuntimeError, OSError) as error:
+            except (RuntimeError, OSError, subprocess.SubprocessError) as error:
                 failed.append(part)
                 product.record(part=part, failed=str(error)[-1500:])
     shutil.rmtree(arguments.folder / "ray", ignore_errors=True)

@@ -37,22 +37,18 @@ class Head:
         self.command += ["--num-cpus=4", "--num-gpus=0", "--object-store-memory=300000000"] if cpu else []
 
     def __enter__(self) -> "Head":
-        from ray.job_submission import JobSubmissionClient
-
         print("$", " ".join(self.command), flush=True)
         with open(self.folder / "head.log", "wb") as log:
             self.process = subprocess.Popen(self.command, env=self.environment, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        os.environ["RAY_AUTH_MODE"] = self.environment.get("RAY_AUTH_MODE", os.environ.get("RAY_AUTH_MODE", "disabled"))
         deadline = time.monotonic() + 120
         while True:
-            try:
-                JobSubmissionClient(self.address).list_jobs()
+            listed = subprocess.run(["ray", "job", "list", "--address", self.address], env=self.environment, capture_output=True, text=True, check=False)
+            if listed.returncode == 0:
                 return self
-            except (ConnectionError, RuntimeError) as error:
-                if self.process.poll() is not None or time.monotonic() > deadline:
-                    self.__exit__()
-                    raise RuntimeError(f"the head did not start ({error}); {(self.folder / 'head.log').read_text()[-2000:]}") from None
-                time.sleep(0.5)
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.__exit__()
+                raise RuntimeError(f"the head did not start; {listed.stderr[-1000:]}; {(self.folder / 'head.log').read_text()[-2000:]}")
+            time.sleep(0.5)
 
     def submit(self, command: Sequence[str], output: IO) -> subprocess.Popen:
         """Start `ray job submit`, which ends when the job does."""

@@ -7,7 +7,7 @@ import csv
 
 import pytest
 
-from benchmarks.inference_agree import pair_up
+from benchmarks.inference_agree import pair_up, write_ordered
 from benchmarks.inference_report import Divergence, compare_answers, find_divergence, find_ratios, render_table
 from benchmarks.inference_runs import Board, read_job
 from benchmarks.inference_workload import count_steps, draw_lengths, read_workload, write_pairs, write_workload
@@ -82,10 +82,17 @@ def test_agreement_counts_labels_and_texts_and_refuses_other_rows():
         compare_answers(left, right[1:])
 
 
-def test_engines_are_compared_at_the_same_precision():
-    specs = ["vllm:bf16", "transformers:bf16", "transformers:bf16:7", "transformers:fp32"]
-    assert pair_up(specs) == [("vllm:bf16", "transformers:bf16"), ("vllm:bf16", "transformers:bf16:7")]
-    assert pair_up(["transformers:fp32", "transformers:bf16"]) == [("transformers:fp32", "transformers:bf16")]
+def test_engines_are_compared_at_the_same_precision_and_with_themselves():
+    vllm, plain, small, exact = specs = ["vllm:bf16", "transformers:bf16", "transformers:bf16:7:reversed", "transformers:fp32"]
+    assert pair_up(specs) == [(vllm, plain), (vllm, small), (plain, small)]
+    assert pair_up([exact, plain]) == [(exact, plain)]
+
+
+def test_rows_keep_their_ids_in_any_order(tmp_path):
+    (tmp_path / "pairs.csv").write_text('premise,hypothesis,label\nA ran.,B ran.,0\n"C, D",E,1\n', encoding="utf-8")
+    ordered = write_ordered(tmp_path / "pairs.csv", tmp_path)
+    assert ordered[""].read_text(encoding="utf-8").splitlines() == ["id,premise,hypothesis,label", "0,A ran.,B ran.,0", '1,"C, D",E,1']
+    assert ordered["reversed"].read_text(encoding="utf-8").splitlines()[1:] == ['1,"C, D",E,1', "0,A ran.,B ran.,0"]
 
 
 def test_an_arm_that_fails_or_takes_too_long_is_a_result_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
@@ -112,6 +119,7 @@ def test_a_jobs_figures_come_from_its_timing_and_rows(tmp_path):
     assert (found["load_seconds"], found["rows_seconds"], found["peak_memory_gb"]) == (4.5, 2.0, None)
 
 
-def test_key_lines_of_a_job_are_its_stages_own():
-    output = "2026-11-25 INFO worker.py:1 -- Connecting\nsft: 40 steps\n(pid=3) x\ninference: tiny: 0 of 400 unparsed\n  12.0 rows/s\n"
-    assert pick_lines(output) == ["sft: 40 steps", "inference: tiny: 0 of 400 unparsed", "  12.0 rows/s"]
+def test_key_lines_of_a_job_are_its_stages_own_once_each_without_rays_names():
+    output = "2026-11-25 INFO worker.py:1 -- Connecting\nsft: 40 steps\n\x1b[36m(RayTrainWorker pid=3)\x1b[0m sft a: goes on from checkpoint-2\n"
+    output += "inference:  40%|██ | 2/5\ninference: tiny: 0 of 400 unparsed\n  12.0 rows/s\nsft: 40 steps\n"
+    assert pick_lines(output) == ["sft: 40 steps", "sft a: goes on from checkpoint-2", "inference: tiny: 0 of 400 unparsed", "  12.0 rows/s"]
