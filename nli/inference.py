@@ -17,7 +17,7 @@ precision, prompt, decoding and data. Further adapters of the same base are answ
 import contextlib
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -138,7 +138,8 @@ def run(config: InferenceConfig) -> Path:
     with contextlib.ExitStack() as stack:
         place = stack.enter_context(tempfile.TemporaryDirectory(prefix="nli-rows-"))
         worklist = stack.enter_context(Worklist(Path(place) / "rows.sqlite"))
-        num_rows = worklist.fill(((row, row_key(row).encode()) for row in examples), source)
+        labelled: set[bool] = set()
+        num_rows = worklist.fill(((row, row_key(row).encode()) for row in _noting_labels(examples, labelled)), source)
         base, models = describe_models(config)
         if finds_cluster():
             stack.enter_context(connected(config.gpu))
@@ -146,9 +147,10 @@ def run(config: InferenceConfig) -> Path:
         device = "cuda:0" if (num_gpus > 0 if config.use_gpu is None else config.use_gpu) else "cpu"
         engine = choose_engine(config.engine, config.precision, device)
         sets = [open_results(config, stack, source, engine, base, model, adapter, len(models)) for model, adapter in models]
+        rows = f"{num_rows} {'labelled' if True in labelled else 'unlabelled'} rows"
         for index, each in enumerate(sets):
             each.num_pending = worklist.list_pending(_finding_done(each.store), index)
-            print(f"inference: {each.name}: {num_rows} rows, {num_rows - each.num_pending} answered already, {each.num_pending} to do", flush=True)
+            print(f"inference: {each.name}: {rows}, {num_rows - each.num_pending} answered already, {each.num_pending} to do", flush=True)
         figures = {}
         if any(each.num_pending for each in sets):
             stack.enter_context(connected(config.gpu))
@@ -345,6 +347,12 @@ def find_interrupted(folder: Path, identity: Mapping, source: Path) -> str | Non
 def name_results(model: str, precision: str, source: Path) -> str:
     """{model}-{precision}-{dataset}-{timestamp}, a checkpoint with its run's name."""
     return f"{model}-{precision}-{source.stem}-{datetime.now(UTC).strftime('%Y%m%d_%H%M%S')}"
+
+
+def _noting_labels(rows: Iterable[dict], labelled: set[bool]) -> Iterator[dict]:
+    for row in rows:
+        labelled.add(row["true_label"] is not None)
+        yield row
 
 
 @contextlib.contextmanager

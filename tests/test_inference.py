@@ -123,7 +123,7 @@ class TestWithRay:
         ]
         assert [row["thought_process"] for row in table] == [f"base: pair {index}" for index in range(150)]
         shown = capsys.readouterr().out
-        assert "inference: run: 150 rows, 0 answered already, 150 to do" in shown
+        assert "inference: run: 150 labelled rows, 0 answered already, 150 to do" in shown
         assert "inference: run: 0 of 150 unparsed, 150 of 150 right (1.000)" in shown
         assert " rows/s, " in shown and "load 0.0 s, rows " in shown
         report = evaluate(EvaluatePredictionsConfig(predictions=(str(path),), output_dir=str(path.parent / "evaluation")))
