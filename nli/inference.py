@@ -42,6 +42,7 @@ from nli.student import Asking, Student, Target
 from nli.worklist import Worklist
 
 TICKETS_AT_ONCE = 13  # of one worker: all but one are always whole
+MOST_TICKETS = 500  # of one run, as far as its length goes: each costs Ray Data some milliseconds
 
 
 @config_class
@@ -242,8 +243,8 @@ def answer(config: InferenceConfig, engine: str, settings: EngineSettings, sets:
 
     num_workers = config.num_workers or max(1, num_gpus if settings.device != "cpu" else 1)
     num_pending = sum(each.num_pending for each in sets)
-    size = plan_ticket(engine, config, settings.device)
-    desk = start_desk(worklist.path, [each.store.path for each in sets], size * TICKETS_AT_ONCE, [each.target.frame for each in sets])
+    size, most_held = plan_ticket(engine, config, settings.device, num_pending)
+    desk = start_desk(worklist.path, [each.store.path for each in sets], most_held, [each.target.frame for each in sets])
     # More tickets than rows: a worker that is ready late, or comes to a cluster that grows, finds some. Without rows they end at once.
     spare = max(num_workers, config.max_workers) * (TICKETS_AT_ONCE + 2)
     tickets = [{"num_rows": size}] * (-(-num_pending // size) + spare)
@@ -275,14 +276,16 @@ def answer(config: InferenceConfig, engine: str, settings: EngineSettings, sets:
     return figures
 
 
-def plan_ticket(engine: str, config: InferenceConfig, device: str) -> int:
-    """Rows that one ticket is worth: all tickets of a worker together hold more rows than its engine works on at once.
+def plan_ticket(engine: str, config: InferenceConfig, device: str, num_pending: int) -> tuple[int, int]:
+    """(rows that one ticket is worth, most rows that one worker holds): all its tickets together are worth what it may hold, or more in a long run.
 
-    vLLM needs a half more to be full at all times, transformers several times as many to sort by length. Without thoughts rows pass by in no time.
+    vLLM needs a half more rows than it works on at once to be full at all times, transformers several times as many to sort by length. Without thoughts rows
+    pass by in no time.
     """
     at_once = config.batch_size or {"vllm": 1024, "transformers": 32 if device == "cpu" else 256}[engine]
     rows = (4 if config.no_cot or engine == "transformers" else 1.5) * at_once / config.num_samples
-    return max(1, round(rows / (TICKETS_AT_ONCE - 1)))
+    size = max(1, round(rows / (TICKETS_AT_ONCE - 1)))
+    return max(size, num_pending // MOST_TICKETS), size * TICKETS_AT_ONCE
 
 
 def describe_figures(figures: Mapping, target: int, seconds: float) -> dict:
