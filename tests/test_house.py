@@ -22,7 +22,7 @@ BANDS = {
         *("teacher", "progress", "estimates", "generation", "batch_api", "batch_client", "batch_store", "batch_mode"),
     },
     "model": {
-        *("tokenization", "model", "checkpoints", "engines", "saving", "preflight", "preflight_report", "watching", "watch_beside"),
+        *("tokenization", "model", "adapter_files", "checkpoints", "engines", "saving", "preflight", "preflight_report", "watching", "watch_beside"),
         *("memory", "attention", "batches", "kernels", "trainer", "tracking", "training"),
     },
     "stages": {"thoughts", "reflections", "sft_data", "sft", "sweep", "export", "inference", "evaluation", "account", "data_checks", "pipeline"},
