@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+FRAME_TOKENS = 64
+"""more than a completion without its thought has"""
+
 NOT_FINITE = "the model's logits are not finite numbers"
 
 
@@ -63,17 +66,27 @@ def admit(tokenizer: "PreTrainedTokenizerBase", request: Request, future: Future
 
     ids = encode_prompt(tokenizer, request.prompt)
     most = request.num_tokens or decoding.max_new_tokens
-    if longest is not None:
-        to_label = force_label(tokenizer, request.prompt, "")[0] if decoding.no_cot or decoding.force_label else [*ids, 0]
-        if len(to_label) > longest:
-            raise DataError(f"the prompt has {len(ids)} tokens, which leaves no room for an answer within the model's {longest} positions")
-        most = min(most, longest - len(ids))
-    row = Row(request, future, ids, most)
-    if decoding.temperature:
-        row.series = np.random.Generator(np.random.Philox(key=request.seed % 2**64)).random(most)
+    row = Row(request, future, ids, most if longest is None else min(most, longest - len(ids)))
     if decoding.no_cot:
         ask_label(tokenizer, row, "", Generation(None, "stop", len(ids), 1), longest)
+        needed = len(row.ids)
+    elif decoding.force_label and longest is not None and longest - len(ids) < FRAME_TOKENS:
+        needed = len(force_label(tokenizer, request.prompt, "")[0])
+    else:
+        needed = len(ids) + 1
+    if longest is not None and needed > longest:
+        raise DataError(f"the prompt has {len(ids)} tokens, which leaves no room for an answer within the model's {longest} positions")
+    if decoding.temperature:
+        row.series = np.random.Generator(np.random.Philox(key=request.seed % 2**64)).random(row.most)
     return row
+
+
+def take_longest(rows: list[Row], most_rows: int, most_tokens: int) -> list[Row]:
+    """Take the last of rows that are sorted by length, as many as fit."""
+    count = max(1, min(most_rows, most_tokens // len(rows[-1].ids), len(rows)))
+    popped = rows[-count:]
+    del rows[-count:]
+    return popped
 
 
 def draw(rows: list[Row], steps: int, device) -> "list[torch.Tensor | None]":

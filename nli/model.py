@@ -4,6 +4,7 @@ model = load_base("mistralai/Mistral-7B-v0.3", quantization="nf4", compute_dtype
 model = add_lora(model, rank=32, alpha=64, dropout=0.05, target_modules=("q_proj", "k_proj", "v_proj", "o_proj"))
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -148,6 +149,26 @@ def load_adapter(model: "PreTrainedModel | PeftModel", folder: str, name: str = 
         raise ModelError(f"{folder}: the adapter cannot be put on this base ({first_line(error)}).") from None
     except ModelError as error:
         raise ModelError(f"{folder}: the adapter cannot be put on this base ({first_line(error)})") from None
+
+
+def load_with_adapters(
+    base: str, folders: Sequence[str], precision: str, compute_dtype: ComputeDtype, device: str
+) -> "tuple[PreTrainedModel | PeftModel, dict[str | None, str]]":
+    """The base for inference with all these adapters on it, and their names by folder, None standing for the base alone. Raises ModelError.
+
+    `precision` is "nf4", "int8", "bf16" or "fp32"; the last two need no `compute_dtype`.
+    """
+    if precision not in ("nf4", "int8", "bf16", "fp32"):
+        raise ModelError(f"The precision {precision} needs engine vllm. Take nf4 or bf16 with engine transformers.")
+    quantised = precision in ("nf4", "int8")
+    model = load_base(base, precision if quantised else "none", compute_dtype if quantised else precision, device, "sdpa")
+    if precision == "nf4":
+        model = multiply_out(model, device)
+    names: dict[str | None, str] = {None: ""}
+    for index, folder in enumerate(folders):
+        names[folder] = f"adapter_{index}"
+        model = load_adapter(model, folder, names[folder])
+    return model.eval(), names
 
 
 def load_adapter_weights(model: "PeftModel", folder: str) -> None:

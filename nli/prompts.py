@@ -69,12 +69,6 @@ def render_student_prompt(premise: str, hypothesis: str) -> str:
     return render_prompt(STUDENT_TEMPLATE, premise, hypothesis)
 
 
-def render_prompt(template: str, premise: str, hypothesis: str) -> str:
-    """A template with the pair in the places of `{premise}` and `{hypothesis}`; every other character stays."""
-    values = {"{premise}": premise, "{hypothesis}": hypothesis}
-    return re.sub(r"\{premise\}|\{hypothesis\}", lambda place: values[place[0]], template)
-
-
 def render_completion(thought_process: str, predicted_label: int) -> str:
     """The student's target, one JSON object on one line, its text unchanged (no ASCII escapes), without EOS."""
     return json.dumps({"thought_process": thought_process, "predicted_label": predicted_label}, ensure_ascii=False)

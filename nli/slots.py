@@ -31,6 +31,7 @@ class Slots:
         self.num_slots, self.columns = 0, 0  # that there is memory for, or will be in the next forward pass
         self.start: int | None = None  # the first slot of the rows that are being read; None while all write
         self.on_device = torch.zeros(0, dtype=torch.long, device=self.device)  # self.lengths there
+        self.rows, self.shown = self.on_device, 0  # slots and columns of the step at hand
         self.cache = _build_cache(self, model.config.get_text_config().num_hidden_layers)
         self.last: torch.Tensor | None = None
         self.hook = model.get_output_embeddings().register_forward_pre_hook(self._pick_last)
@@ -70,7 +71,8 @@ class Slots:
             self.columns = _round_up(longest + BLOCK)
         # Rows that have ended may run on until they are taken out; they must not run out of the model's positions.
         positions = self.on_device if self.longest is None else self.on_device.clamp(max=self.longest - 1)
-        visible = torch.arange(_round_up(longest), device=self.device)[None] <= self.on_device[:, None]
+        self.shown, self.rows = _round_up(longest), torch.arange(len(self.lengths), device=self.device)
+        visible = torch.arange(self.shown, device=self.device)[None] <= self.on_device[:, None]
         logits = self.model(
             input_ids=tokens[:, None], attention_mask=visible[:, None, None], position_ids=positions[:, None], past_key_values=self.cache, use_cache=True
         ).logits[:, 0]
@@ -105,10 +107,17 @@ class Slots:
         self.num_slots, self.columns = len(self.lengths), _round_up(max(self.lengths, default=0) + 1)
         self.cache.fit()
 
+    def drop(self) -> None:
+        """Give up all rows and their memory."""
+        self.num_slots = self.columns = 0
+        self.rewind([])
+        for layer in self.cache.layers:
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+
     def close(self) -> None:
-        """Give the memory back."""
-        self.lengths = []
-        self.cache.layers.clear()
+        """Give up the rows, and leave the model as it was."""
+        self.drop()
         self.hook.remove()
 
     def _pick_last(self, module, inputs):
@@ -126,7 +135,6 @@ def _round_up(count: int) -> int:
 
 
 def _build_cache(slots: Slots, num_layers: int):
-    import torch
     from transformers.cache_utils import Cache, CacheLayerMixin
 
     class SlotLayer(CacheLayerMixin):
@@ -154,11 +162,9 @@ def _build_cache(slots: Slots, num_layers: int):
                     held[slots.start : slots.start + rows, :, width:] = 0
                 return key_states, value_states
 
-            shown = _round_up(max(slots.lengths) + 1)
-            index = torch.arange(rows, device=key_states.device)
             for held, new in ((self.keys, key_states), (self.values, value_states)):
-                held[index, :, slots.on_device] = new[:, :, 0]
-            return self.keys[:rows, :, :shown], self.values[:rows, :, :shown]
+                held[slots.rows, :, slots.on_device] = new[:, :, 0]
+            return self.keys[:rows, :, : slots.shown], self.values[:rows, :, : slots.shown]
 
         def get_seq_length(self) -> int:
             return 0

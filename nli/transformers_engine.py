@@ -10,19 +10,15 @@ in NF4 are multiplied out once after loading where there is room: bitsandbytes w
 import queue
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Literal
 
-from nli.answering import Row, admit, choose_tokens, draw, fail, finish, finish_label, list_partners
+from nli.answering import Row, admit, choose_tokens, draw, fail, finish, finish_label, list_partners, take_longest
+from nli.attempts import Failure, attempt
 from nli.engines import EngineSettings, Generation, Request
-from nli.errors import DataError, EngineDead, ModelError
-from nli.model import load_adapter, load_base, multiply_out, read_longest
+from nli.errors import DataError, EngineDead
+from nli.model import load_with_adapters, read_longest
 from nli.slots import Slots
 from nli.tokenization import first_line, load_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 GPU_ROWS, CPU_ROWS = 256, 32
 """rows at once where the settings leave it open"""
@@ -30,8 +26,6 @@ GPU_TOKENS, CPU_TOKENS = 32768, 4096
 """tokens of prompts, padding included, in one forward pass"""
 GPU_STEPS, CPU_STEPS = 8, 1
 """steps between two looks at which rows have ended: each look waits for the GPU"""
-
-Failure = tuple[Literal["memory", "other"], str]
 
 
 class TransformersEngine:
@@ -44,7 +38,7 @@ class TransformersEngine:
         on_gpu = settings.device.startswith("cuda")
         self.decoding, self.device = settings.decoding, settings.device
         self.tokenizer = load_tokenizer(settings.base)
-        self.whole, self.adapters = load_model(settings)
+        self.whole, self.adapters = load_with_adapters(settings.base, settings.adapters, settings.precision, settings.compute_dtype, settings.device)
         self.model = self.whole.get_base_model() if settings.adapters else self.whole
         self.adapter: str | None = ""  # in use: none chosen yet
         self.batch_size = settings.batch_size or (GPU_ROWS if on_gpu else CPU_ROWS)
@@ -158,11 +152,12 @@ class TransformersEngine:
             self._use_adapter(max(self.adapters, key=lambda name: (len(self.waiting[name]) + len(self.labels[name]), name == self.adapter)))
         waiting, labels = self.waiting[self.adapter], self.labels[self.adapter]
         free = self.batch_size - len(self.active)
-        if waiting and free >= max(1, min(self.batch_size // 8, len(waiting))):
-            self._read(_pop_longest(waiting, free, self.most_tokens))
-        elif labels and (len(labels) >= self.batch_size or not (self.active or waiting)):
+        few = max(1, self.batch_size // 8)  # to read fewer prompts takes a GPU as long
+        if waiting and free >= min(few, len(waiting)):
+            self._read(take_longest(waiting, free, self.most_tokens))
+        elif labels and (len(labels) >= few or not self.active):
             self._sort()
-            self._read_labels(_pop_longest(labels, len(labels), self.most_tokens))
+            self._read_labels(take_longest(labels, len(labels), self.most_tokens))
         elif self.active:
             self._write()
 
@@ -193,7 +188,7 @@ class TransformersEngine:
         def forward() -> list:
             return [tensor.tolist() for tensor in self._choose(self.slots.prefill([row.ids for row in rows]), draw(rows, 1, self.device)[0])]
 
-        first, failure = self._attempt(forward)
+        first, failure = attempt(forward, self.device)
         if failure:
             self._mend(failure, rows)
             return
@@ -214,7 +209,7 @@ class TransformersEngine:
                 written.append(chosen)
             return [[tensor.tolist() for tensor in chosen] for chosen in written]
 
-        written, failure = self._attempt(forward)
+        written, failure = attempt(forward, self.device)
         if failure:
             self._mend(failure, self.active)
             return
@@ -230,7 +225,7 @@ class TransformersEngine:
             logits = self.slots.read([row.ids for row in rows])
             return logits.gather(1, torch.tensor([row.label_tokens for row in rows], device=self.device)).diff(dim=-1)[:, 0].tolist()
 
-        margins, failure = self._attempt(forward)
+        margins, failure = attempt(forward, self.device)
         if failure:
             self._mend(failure, rows)
             return
@@ -247,15 +242,29 @@ class TransformersEngine:
         if ended:
             self._leave(set(ended))
         for row in ended:
-            generation = finish(self.tokenizer, row, self.decoding, self.longest)
+            try:
+                generation = finish(self.tokenizer, row, self.decoding, self.longest)
+            except Exception as error:  # whatever is wrong with one text concerns no other
+                generation = fail(row, f"{type(error).__name__}: {first_line(error)}")
             if generation is None:
                 self.labels[row.request.adapter].append(row)
             else:
                 self._resolve(row, generation)
 
     def _leave(self, rows: set[Row]) -> None:
-        order = self.slots.keep([slot for slot, row in enumerate(self.active) if row not in rows])
-        self.active = [self.active[slot] for slot in order]
+        """Take rows out of their slots. Where there is no memory left even for that, the others begin anew."""
+        staying = [slot for slot, row in enumerate(self.active) if row not in rows]
+        order, failure = attempt(lambda: self.slots.keep(staying), self.device)
+        if failure:
+            self._start_over([self.active[slot] for slot in staying])
+        else:
+            self.active = [self.active[slot] for slot in order]
+
+    def _start_over(self, rows: list[Row]) -> None:
+        self.active = []
+        self.slots.drop()
+        self._queue(rows)
+        self._sort()
 
     def _resolve(self, row: Row, generation: Generation) -> None:
         self.counts["rows"] += 1
@@ -263,26 +272,15 @@ class TransformersEngine:
         self.counts["labels_forced"] += generation.label_forced
         row.future.set_result(generation)
 
-    def _attempt(self, forward: Callable[[], list]) -> tuple[list, Failure | None]:
-        """What a forward pass gives, or why it failed. The failure holds no traceback, which would keep the pass's memory."""
-        try:
-            return forward(), None
-        except Exception as error:
-            kind = "memory" if _is_out_of_memory(error) else "other"
-            failure = kind, f"{type(error).__name__}: {first_line(error)}"
-        if self.device.startswith("cuda"):
-            _check_gpu(self.device, failure)
-        return [], failure
-
     def _mend(self, failure: Failure, rows: list[Row]) -> None:
         """After a forward pass over these rows failed: go on with fewer rows, or look for the one that breaks."""
-        kind, problem = failure
+        out_of_memory, problem = failure.out_of_memory, failure.problem
         self.slots.rewind([len(row.ids) + len(row.tokens) - 1 for row in self.active])
-        concerned = {*rows, *self.active} if kind == "memory" else set(rows)
+        concerned = {*rows, *self.active} if out_of_memory else set(rows)
         if len(concerned) == 1:
             self._leave(concerned)
-            self._resolve(rows[0], fail(rows[0], f"does not fit into memory: {problem}" if kind == "memory" else problem))
-        elif kind == "memory":
+            self._resolve(rows[0], fail(rows[0], f"does not fit into memory: {problem}" if out_of_memory else problem))
+        elif out_of_memory:
             self._shrink(rows, len(concerned))
         else:
             rows = [row.restart() for row in rows]
@@ -298,46 +296,6 @@ class TransformersEngine:
         joining = [row for row in rows if row not in set(self.active)]
         self._leave(set(leaving))
         self._queue([*leaving, *joining])
-        self.slots.fit()
         self._sort()
-
-
-def load_model(settings: EngineSettings) -> tuple["PreTrainedModel", dict[str | None, str]]:
-    """The base with all adapters on it, and their names by folder. Raises ModelError."""
-    kinds = {"nf4": ("nf4", settings.compute_dtype), "int8": ("int8", settings.compute_dtype), "bf16": ("none", "bf16"), "fp32": ("none", "fp32")}
-    if settings.precision not in kinds:
-        raise ModelError(f"The precision {settings.precision} needs engine vllm. Take nf4 or bf16 with engine transformers.")
-    model = load_base(settings.base, *kinds[settings.precision], settings.device, "sdpa")
-    if settings.precision == "nf4":
-        model = multiply_out(model, settings.device)
-    adapters: dict[str | None, str] = {None: ""}
-    for index, folder in enumerate(settings.adapters):
-        adapters[folder] = f"adapter_{index}"
-        model = load_adapter(model, folder, adapters[folder])
-    return model.eval(), adapters
-
-
-def _pop_longest(rows: list[Row], most_rows: int, most_tokens: int) -> list[Row]:
-    """Take the last of rows that are sorted by length, as many as fit."""
-    count = max(1, min(most_rows, most_tokens // len(rows[-1].ids), len(rows)))
-    popped = rows[-count:]
-    del rows[-count:]
-    return popped
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    import torch
-
-    told = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and ("ALLOC_FAILED" in told or "can't allocate memory" in told))
-
-
-def _check_gpu(device: str, failure: Failure) -> None:
-    """Raise EngineDead if the GPU cannot compute any more; else give back what the failed pass held."""
-    import torch
-
-    try:
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-    except Exception:
-        raise EngineDead(f"The GPU failed: {failure[1]}") from None
+        if attempt(self.slots.fit, self.device)[1]:
+            self._start_over(self.active)

@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 
 from nli import inference
+from nli.adapter_files import WEIGHTS
+from nli.checkpoints import write_card
 from nli.errors import ConfigError, DataError, ModelError, ResumeError, StorageError
 from nli.evaluation import EvaluatePredictionsConfig
 from nli.evaluation import run as evaluate
@@ -249,10 +251,15 @@ class TestWithRay:
 
 
 def make_adapter(folder: Path) -> None:
-    """A folder that passes for an adapter of the tiny base, as far as it is read before an engine loads it."""
+    """An adapter of the tiny base, by its files: no engine of these tests loads it."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
     folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": TINY_BASE}))
-    (folder / "adapter_model.safetensors").write_bytes(folder.name.encode())
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": TINY_BASE, "r": 4}))
+    part = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    save_file({f"{part}A.weight": np.full((4, 192), len(folder.name), np.float32), f"{part}B.weight": np.ones((192, 4), np.float32)}, folder / WEIGHTS)
+    write_card(folder, TINY_BASE, "nf4", "fp32", 128)
 
 
 @pytest.mark.ray
