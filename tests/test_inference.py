@@ -212,10 +212,10 @@ class TestWithRay:
         assert json.loads(path.with_suffix(".json").read_text())["timing"]["worker_deaths"] == 1
 
     def test_both_workers_have_their_share(self, config, fake, asked):
-        fake(seconds=0.02)
+        fake(seconds=0.05, load_seconds=2.0)  # both begin before either is ready, as on two GPUs of a machine
         inference.run(config)
         shares = Counter(process for process, _ in asked.lines()).values()
-        assert len(shares) == 2 and min(shares) >= 0.4 * NUM_ROWS
+        assert len(shares) == 2 and min(shares) >= 0.35 * NUM_ROWS
 
     def test_adapters_of_one_base_are_answered_in_one_pass_with_files_of_their_own(self, config, fake, asked, tmp_path):
         for name in ("one", "two"):
