@@ -51,7 +51,8 @@ def quiet_libraries() -> None:
 
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("bitsandbytes", "transformers.integrations.bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def load_base(path: str, quantization: Quantization, compute_dtype: ComputeDtype, device: str, attention: str = "") -> "PreTrainedModel":

@@ -35,8 +35,8 @@ class TransformersEngine:
         import transformers
 
         started = time.monotonic()
-        on_gpu = settings.device.startswith("cuda")
         self.decoding, self.device = settings.decoding, settings.device
+        on_gpu = self.device.startswith("cuda")
         self.tokenizer = load_tokenizer(settings.base)
         self.whole, self.adapters = load_with_adapters(settings.base, settings.adapters, settings.precision, settings.compute_dtype, settings.device)
         self.model = self.whole.get_base_model() if settings.adapters else self.whole
@@ -274,13 +274,12 @@ class TransformersEngine:
 
     def _mend(self, failure: Failure, rows: list[Row]) -> None:
         """After a forward pass over these rows failed: go on with fewer rows, or look for the one that breaks."""
-        out_of_memory, problem = failure.out_of_memory, failure.problem
         self.slots.rewind([len(row.ids) + len(row.tokens) - 1 for row in self.active])
-        concerned = {*rows, *self.active} if out_of_memory else set(rows)
+        concerned = {*rows, *self.active} if failure.out_of_memory else set(rows)
         if len(concerned) == 1:
             self._leave(concerned)
-            self._resolve(rows[0], fail(rows[0], f"does not fit into memory: {problem}" if out_of_memory else problem))
-        elif out_of_memory:
+            self._resolve(rows[0], fail(rows[0], f"does not fit into memory: {failure.problem}" if failure.out_of_memory else failure.problem))
+        elif failure.out_of_memory:
             self._shrink(rows, len(concerned))
         else:
             rows = [row.restart() for row in rows]

@@ -193,6 +193,19 @@ def test_samples_are_drawn_as_often_as_the_softmax_says():
         assert choose_tokens(logits[:1], torch.arange(4), 0.7, torch.tensor([number], dtype=torch.double))[0].item() == token
 
 
+def test_an_adapters_answers_are_those_of_plain_peft(build, prompts, requests, tmp_path):
+    from nli.model import load_adapter, load_base
+    from nli.tokenization import load_tokenizer
+
+    folder = str(make_adapter(tmp_path / "adapter", "none", 0.05))
+    plain = load_adapter(load_base(TINY_BASE, "none", "fp32", "cpu"), folder).eval(), load_tokenizer(TINY_BASE)
+    generations = answer_all(build(adapters=(folder,)), [Request(one.prompt, folder) for one in requests[:12]])
+    for prompt, generation in zip(prompts, generations, strict=False):
+        assert generation.text == generate(*plain, prompt, 48)[0]
+        if parse_answer(generation.text).fields:
+            assert generation.probability == pytest.approx(label_probability(*plain, prompt, generation.text), abs=1e-3)
+
+
 def test_one_engine_serves_several_adapters_and_the_base(build, requests, tmp_path):
     folders = [str(make_adapter(tmp_path / str(scale), "none", scale)) for scale in (0.02, 0.1)]
     alone = [texts(answer_all(build(adapters=(folder,)), [Request(one.prompt, folder) for one in requests])) for folder in folders]
@@ -379,11 +392,38 @@ def test_nf4_weights_multiplied_out_are_what_bitsandbytes_computes_with(dtype):
         assert torch.equal(quantised(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
+def test_nf4_weights_stay_as_they_are_where_a_gpu_has_no_room(monkeypatch, capsys):
+    import torch
+
+    from nli.model import load_base, multiply_out
+
+    quantised = load_base(TINY_BASE, "nf4", "bf16", "cpu", "sdpa")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * 2**30, 80 * 2**30))
+    assert multiply_out(quantised, "cuda:0") is quantised
+    assert any(type(module).__name__ == "Linear4bit" for module in quantised.modules())
+    assert "weights stay in NF4" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("precision", "dtype"), [("nf4", "fp32"), ("nf4", "bf16"), ("bf16", "bf16")])
 def test_other_precisions_answer_too(build, requests, precision, dtype):
     engine = build(precision=precision, compute_dtype=dtype)
     assert all(generation.problem == "" and generation.text for generation in answer_all(engine, requests[:8]))
     assert str(engine.model.dtype) == {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[dtype]
+
+
+def test_a_gpu_that_cannot_compute_any_more_is_no_fault_of_a_row(monkeypatch):
+    import torch
+
+    from nli.attempts import attempt
+
+    freed = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(True))
+    failure = attempt(lambda: 1 / 0, "cuda:0")[1]
+    assert (failure.out_of_memory, failure.problem, freed) == (False, "ZeroDivisionError: division by zero", [True])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: 1 / 0)
+    with pytest.raises(EngineDead, match="The GPU failed: ZeroDivisionError"):
+        attempt(lambda: 1 / 0, "cuda:0")
 
 
 def test_what_ends_the_engine_is_raised_out_of_every_future(build, requests, monkeypatch):
