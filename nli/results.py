@@ -5,7 +5,6 @@ write_table(Path("results/reflected.jsonl"))                                  re
 write_report(Path("results/reflected.jsonl"), head)                           results/reflected.json: the head, then one row a line
 """
 
-import csv
 import json
 from array import array
 from collections import Counter
@@ -15,7 +14,7 @@ from pathlib import Path
 from nli.answer_store import AnswerStore
 from nli.errors import StorageError
 from nli.parsing import ParseStatus
-from nli.storage import dump_line, write_atomic
+from nli.storage import dump_line, write_atomic, write_csv
 from nli.worklist import Worklist
 
 COLUMNS = (
@@ -93,14 +92,7 @@ def write_answers(worklist: Worklist, store: AnswerStore, output: Path) -> Tally
 
 def write_table(answers: Path) -> None:
     """Write the CSV beside a file of answers; None becomes an empty cell."""
-
-    def write(aside: Path) -> None:
-        with open(aside, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)  # the default \r\n line ends make it quote a lone \r inside a field
-            writer.writerow(COLUMNS)
-            writer.writerows([row.get(column) for column in COLUMNS] for row in map(json.loads, _lines(answers)))
-
-    write_atomic(answers.with_name(f"{answers.name.removesuffix('.jsonl')}.csv"), write)
+    write_csv(answers.with_name(f"{answers.name.removesuffix('.jsonl')}.csv"), map(json.loads, _lines(answers)), COLUMNS)
 
 
 def write_report(answers: Path, head: Mapping) -> None:

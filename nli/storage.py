@@ -95,7 +95,7 @@ def write_jsonl(path: Path, rows: Iterable[Mapping]) -> None:
     write_atomic(path, write)
 
 
-def write_csv(path: Path, rows: Sequence[Mapping], columns: Sequence[str]) -> None:
+def write_csv(path: Path, rows: Iterable[Mapping], columns: Sequence[str]) -> None:
     """Write the named columns of rows as CSV, atomically; None becomes an empty cell."""
 
     def write(aside: Path) -> None:
