@@ -226,13 +226,12 @@ def open_results(config: InferenceConfig, stack: contextlib.ExitStack, source: P
     named = f"{config.run_name}-{name}" if config.run_name and num_models > 1 else config.run_name
     stem = named or find_interrupted(folder, identity, source) or name_results(name, config.precision, source)
     files = {kind: folder / f"{stem}.{kind}" for kind in ("jsonl", "csv", "json", "answers.sqlite", "manifest.json")}
-    is_new = not files["answers.sqlite"].exists()
-    has_work = files["jsonl"].exists() or not is_new
-    record = start_run(files["manifest.json"], "inference", identity, config, [source], has_work)
-    stack.enter_context(_stopping_on_error(record))
     store = stack.enter_context(contextlib.closing(AnswerStore(files["answers.sqlite"])))
     store.check()
-    if is_new and files["jsonl"].exists():
+    is_empty = store.count() == 0
+    record = start_run(files["manifest.json"], "inference", identity, config, [source], has_work=files["jsonl"].exists() or not is_empty)
+    stack.enter_context(_stopping_on_error(record))
+    if is_empty and files["jsonl"].exists():
         store.read_in(files["jsonl"])
     frame = {
         "answered_by": name,

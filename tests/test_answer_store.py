@@ -122,9 +122,11 @@ def test_a_finished_output_is_read_in_where_the_store_is_gone(store, tmp_path):
     keys = [row_key(row) for row in rows]
     assert store.find_done(keys) == set(keys[:3])
     assert example(0, ODD) | store.read(keys)[keys[0]] == rows[0]
-    output.write_text('{"id": "1"}\n')
-    with pytest.raises(DataError, match=r"run\.jsonl:1: not a row of this project"):
+    again = json.dumps(example(7) | to_answer(FRAME, [said(1)])) + "\n"
+    output.write_text(again + '{"id": "1"}\n')
+    with pytest.raises(DataError, match=r"run\.jsonl:2: not a row of this project"):
         store.read_in(output)
+    assert store.count() == 4
 
 
 def test_files_are_made_from_rows_and_store_alone(store, tmp_path):
