@@ -110,7 +110,7 @@ CASES = {
     "an adapter whose base is elsewhere": ((*ANSWER, "{lost}"), ["lost: the adapter names /home/them/mistral as its base", "say where it is by --base-model"]),
     "a base that is not there": ((*ANSWER, "{adapter}", "--base-model", "{out}/base"), ["out/base: no model there; --base-model takes a model folder"]),
     "an adapter that nobody knows the prompt of": ((*ANSWER, "{adapter}"), ["adapter: the adapter has no nli.json that holds its prompt", "--prompt-template"]),
-    "no such prompt template": ((*ANSWER, TINY_BASE, "--prompt-template", "{out}/prompt.txt"), ["out/prompt.txt: no such prompt template"]),
+    "no such prompt template": ((*ANSWER, TINY_BASE, "--prompt-template", "{out}/prompt.txt"), ["out/prompt.txt: no such file"]),
     "a prompt template without a place for the hypothesis": (
         (*ANSWER, "{adapter}", "--prompt-template", "{no_place.txt}"),
         ["no_place.txt: the prompt template needs {hypothesis} exactly once, and has it not at all"],
