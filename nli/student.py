@@ -62,7 +62,8 @@ class Student:
 
         self._desk, self._asking = desk, asking
         self._worker = ray.get_runtime_context().get_actor_id()
-        reason = ray.get(desk.begin.remote(self._worker, describe_log()))
+        self._start = f"{os.getpid()} at {time.time()}"
+        reason = ray.get(desk.begin.remote(self._worker, describe_log(), self._start))
         if reason:
             raise ModelError(f"The engine {engine_name} cannot work: {reason}")
         self._engine = None
@@ -105,7 +106,7 @@ class Student:
         try:
             while self._tickets:
                 room = sum(ticket.num_left for ticket in self._tickets) - self._num_running
-                work = _unwrap(await self._desk.take.remote(self._worker, room)) if room > 0 else []
+                work = _unwrap(await self._desk.take.remote(self._worker, room, self._start)) if room > 0 else []
                 for item in work or ():
                     self._num_running += 1
                     task = asyncio.get_running_loop().create_task(self._answer(Work(*item)))

@@ -316,6 +316,17 @@ def test_an_engine_that_dies_whatever_it_is_given_is_named_with_its_log():
     assert drain(leases, "b")[0][-1] <= 5000 and leases.is_done
 
 
+def test_a_start_that_has_ended_gets_no_rows_that_nobody_would_work_on():
+    leases = Leases(100, most_held=8)
+    assert leases.begin("a", "log", "first") is None
+    leases.take("a", 8, "first")
+    leases.bury("a", "the device is gone")
+    assert leases.take("a", 8, "first") == []
+    assert leases.begin("a", "log", "second") is None
+    assert leases.take("a", 8, "first") == []  # asked before it was killed
+    assert leases.take("a", 8, "second") == list(range(9, 17))
+
+
 def test_an_engine_that_dies_while_loading_is_not_tried_for_ever():
     leases = Leases(10, most_held=8)
     assert [leases.begin("a", "log") is None for _ in range(5)] == [True, True, True, False, False]

@@ -211,6 +211,25 @@ class TestWithRay:
         assert len(asked.processes()) == 3
         assert json.loads(path.with_suffix(".json").read_text())["timing"]["worker_deaths"] == 1
 
+    def test_a_killed_desk_costs_at_most_the_rows_in_flight(self, config, fake, asked):
+        import psutil
+
+        fake(seconds=0.05)
+
+        def kill() -> None:
+            asked.wait(40)
+            desks = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] and process.info["cmdline"][0].startswith("ray::Desk")]
+            assert len(desks) == 1
+            desks[0].kill()
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        check_complete(inference.run(config))
+        killer.join()
+        counts = asked.count()
+        assert len(counts) == NUM_ROWS
+        assert sum(count - 1 for count in counts.values()) <= 2 * 13 * 3  # what two workers hold
+
     def test_both_workers_have_their_share(self, config, fake, asked):
         fake(seconds=0.05, load_seconds=2.0)  # both begin before either is ready, as on two GPUs of a machine
         inference.run(config)
