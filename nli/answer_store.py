@@ -15,7 +15,6 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 
 from nli.errors import DataError, StorageError
@@ -85,11 +84,9 @@ class AnswerStore:
             return self._db.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
 
     def read_in(self, output: Path) -> None:
-        """Take over the rows of a finished output. Raises DataError for a line that is none."""
+        """Take over the rows of a finished output, all or none. Raises DataError for a line that is none."""
         with open(output, encoding="utf-8", newline="\n") as file:
-            entries = (_read_line(output, number, line) for number, line in enumerate(file, start=1))
-            while chunk := list(islice(entries, CHUNK)):
-                self.put(chunk)
+            self.put(_read_line(output, number, line) for number, line in enumerate(file, start=1))
 
     def _select(self, columns: str, keys: Sequence[str], condition: str = "", *values: object) -> Iterator[tuple]:
         for start in range(0, len(keys), CHUNK):

@@ -16,14 +16,14 @@ import os
 import shutil
 from pathlib import Path
 
-from nli.errors import ModelError
-from nli.prompts import STUDENT_PROMPT_NAME, render_student_prompt, student_prompt_sha256
+from nli.adapter_files import WEIGHTS, check_shapes, fetch_adapter, find_hub_file, find_weights, is_adapter, read_adapter_config
+from nli.errors import DataError, ModelError
+from nli.prompts import STUDENT_PROMPT_NAME, STUDENT_TEMPLATE, find_template_fault, prompt_sha256
 from nli.records import content_hash
 from nli.storage import sha256_file, write_atomic
 
 COMPLETE = "complete.json"
 CARD = "nli.json"
-WEIGHTS = "adapter_model.safetensors"
 BEST_WEIGHTS = "best_adapter.safetensors"
 _SAMPLED_BYTES = 1 << 16
 
@@ -152,61 +152,119 @@ def write_card(folder: Path, base_model: str, quantization: str, compute_dtype: 
         "compute_dtype": compute_dtype,
         "max_length": max_length,
         "prompt_name": STUDENT_PROMPT_NAME,
-        "prompt_sha256": student_prompt_sha256(),
-        "prompt_template": render_student_prompt("{premise}", "{hypothesis}"),
+        "prompt_sha256": prompt_sha256(STUDENT_TEMPLATE),
+        "prompt_template": STUDENT_TEMPLATE,
     }
     write_atomic(folder / CARD, json.dumps(card, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_card(folder: Path) -> dict | None:
-    """An adapter's `nli.json`; a checkpoint inside a run's folder uses the run's. None where there is none."""
-    for place in (folder / CARD, folder.parent / CARD):
-        if place.is_file():
-            return json.loads(place.read_text(encoding="utf-8"))
-    return None
+    """The `nli.json` of an adapter or merged model; a checkpoint inside a run's folder uses the run's. None where there is none. Raises ModelError."""
+    places = [folder / CARD, *([folder.parent / CARD] if "checkpoint-" in folder.name else [])]
+    place = next((place for place in places if place.is_file()), None)
+    if place is None:
+        return None
+    try:
+        card = json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{place}: cannot be read ({error}).") from None
+    needed = ("base_model", "base_fingerprint", "prompt_sha256")
+    if not isinstance(card, dict) or not all(isinstance(card.get(name), str) for name in needed) or not isinstance(card.get("prompt_template", ""), str):
+        raise ModelError(f"{place}: not a card of this project, which names {', '.join(needed)}.")
+    return card
 
 
-def is_adapter(path: str) -> bool:
-    """Whether a local folder holds an adapter."""
-    return (Path(path) / "adapter_config.json").is_file()
+def resolve_template(model: str, template_file: str = "") -> str:
+    """The prompt's template for a model by hub name or folder, or for an adapter's folder: the file's, else the one it was trained with, else this project's.
+
+    Raises DataError for a file that is no template, and ModelError where nobody says what an adapter was trained with, or the file says something else.
+    """
+    given = read_template(template_file) if template_file else None
+    card = read_card(Path(model)) if Path(model).is_dir() else None
+    if card is None:
+        if given is None and is_adapter(model):
+            cure = "Give the prompt that it was trained with by --prompt-template: a text file with {premise} and {hypothesis} in their places."
+            raise ModelError(f"{model}: the adapter has no {CARD} that holds its prompt. {cure}")
+        return given or STUDENT_TEMPLATE
+    trained = _read_card_template(card, model)
+    if given is not None and given != trained:
+        raise ModelError(f"{template_file}: {model} was trained with another prompt, which stands in its {CARD}; leave --prompt-template out.")
+    return trained
+
+
+def read_template(path: str) -> str:
+    """A prompt template from a UTF-8 file, less the newline that editors put at its end. Raises DataError if it is none."""
+    try:
+        template = Path(path).read_text(encoding="utf-8").removesuffix("\n")
+    except OSError:
+        raise DataError(f"{path}: no such prompt template can be read.") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: the prompt template is not UTF-8.") from None
+    if fault := find_template_fault(template):
+        raise DataError(f"{path}: {fault}")
+    return template
+
+
+def _read_card_template(card: dict, path: str) -> str:
+    template = card.get("prompt_template", STUDENT_TEMPLATE)
+    if prompt_sha256(template) != card["prompt_sha256"]:
+        raise ModelError(f"{path}: the model was trained with another prompt than the one that stands in its {CARD}: the hashes differ.")
+    return template
 
 
 def describe_model(path: str, base_model: str) -> tuple[str, str | None]:
-    """(base, adapter) of what a user named: a base by folder or hub name, or a folder with an adapter, whose base is `base_model` or the one it names.
+    """(base, adapter's folder) of what a user named: a base or an adapter, by folder or hub name. An adapter's base is `base_model` or the one it names.
 
-    A base in a local folder comes back as an absolute path. Raises ModelError if a local folder holds neither, if an adapter's weights are missing or its
-    checkpoint damaged, or if the adapter was trained on another base or prompt than the one that would be used.
+    A base in a local folder comes back as an absolute path, an adapter with a hub name as its folder in the cache. Raises ModelError if a local folder holds
+    neither, if an adapter's weights are missing, its checkpoint damaged, its base not here, or if its weights or what its card tells do not fit the base.
     """
     folder = Path(path)
     if not folder.is_dir():
-        if path.startswith((".", "/")) or path.count("/") != 1:
+        if _is_no_hub_name(path):
             raise ModelError(f"{path}: no such model folder, and not a hub name such as mistralai/Mistral-7B-v0.3.")
-        return path, None
-    if (folder / "config.json").is_file():
-        card = json.loads((folder / CARD).read_text(encoding="utf-8")) if (folder / CARD).is_file() else None
-        if card is not None and card["prompt_sha256"] != student_prompt_sha256():
-            raise ModelError(f"{path}: the merged model was trained with another prompt than this version renders; its own stands in {CARD}.")
+        fetched = fetch_adapter(path)
+        return (path, None) if fetched is None else _describe_adapter(Path(fetched), base_model)
+    if (folder / "config.json").is_file() and not (is_adapter(path) and find_weights(folder) and not _has_weights(folder)):
+        if (card := read_card(folder)) is not None:
+            _read_card_template(card, path)
         return path, None
     if not is_adapter(path):
         runs = [str(path.parent) for path in folder.glob("*/adapter_config.json")][:3]
         hint = f" Did you mean {' or '.join(runs)}?" if runs else ""
         raise ModelError(f"{path}: neither a model (config.json) nor an adapter (adapter_config.json).{hint}")
-    if not (folder / WEIGHTS).is_file():
-        raise ModelError(f"{path}: the adapter has no {WEIGHTS}; its training or copying was cut short.")
+    return _describe_adapter(folder, base_model)
+
+
+def _describe_adapter(folder: Path, base_model: str) -> tuple[str, str]:
+    if find_weights(folder) is None:
+        raise ModelError(f"{folder}: the adapter has no {WEIGHTS}; its training or copying was cut short.")
     if folder in list_checkpoints(folder.parent) and (folder / COMPLETE).is_file() and (fault := find_fault(folder)):
-        raise ModelError(f"{path}: {fault}; take another checkpoint.")
+        raise ModelError(f"{folder}: {fault}; take another checkpoint.")
     card = read_card(folder)
-    named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    named = read_adapter_config(folder).get("base_model_name_or_path")
     base = base_model or named
     if not base:
-        raise ModelError(f"{path}: the adapter does not name its base; give --base-model.")
+        raise ModelError(f"{folder}: the adapter does not name its base; give --base-model.")
     if Path(base).is_dir():
         base = os.path.abspath(base)
+    elif _is_no_hub_name(base) or find_hub_file(base, "config.json") is None:
+        if base_model:
+            raise ModelError(f"{base}: no model there; --base-model takes a model folder, or a hub name with access to the hub.")
+        raise ModelError(f"{folder}: the adapter names {base} as its base, which cannot be found from here; say where it is by --base-model.")
     if card is not None:
         trained_on, given = card["base_fingerprint"], fingerprint_model(base)
         comparable = trained_on.startswith("hub:") == given.startswith("hub:")  # a hub name and its local copy cannot be told apart by these
         if comparable and trained_on != given:
-            raise ModelError(f"{path}: the adapter was trained on {card['base_model']} ({trained_on}), not on {base} ({given}).")
-        if card["prompt_sha256"] != student_prompt_sha256():
-            raise ModelError(f"{path}: the adapter was trained with another prompt than this version renders; its own stands in {CARD}.")
-    return base, path
+            raise ModelError(f"{folder}: the adapter was trained on {card['base_model']} ({trained_on}), not on {base} ({given}).")
+        _read_card_template(card, str(folder))
+    check_shapes(folder, base)
+    return base, str(folder)
+
+
+def _is_no_hub_name(path: str) -> bool:
+    return path.startswith((".", "/")) or path.count("/") != 1
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a folder holds the weights of a whole model."""
+    return any(True for pattern in ("model*.safetensors", "pytorch_model*.bin", "consolidated*") for _ in folder.glob(pattern))

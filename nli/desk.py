@@ -1,7 +1,7 @@
 """The one place where the workers of an inference run get rows and bring answers: an actor on the driver's machine.
 
     desk = start_desk(worklist.path, [store.path, …], most_held=1536, frames=[…])
-    await desk.take.remote(worker, 64)         -> [Work(number=17, target=0, key="17:9c…", row={"id": "17", "premise": …}), …]
+    await desk.take.remote(worker, 64, start)        -> [Work(number=17, target=0, key="17:9c…", row={"id": "17", "premise": …}), …]
     await desk.put.remote(worker, [(17, 0, "17:9c…", False, 38, '{"raw_text": …}')])      on disk when it returns
 
 It ends with its driver: the next run's driver starts one of its own, on the same files, at once. If it dies by itself Ray starts it again; what workers had
@@ -52,9 +52,9 @@ class Desk:
         self._num_stored = [0] * len(stores)  # since this desk was opened, by target
         self._num_tokens = 0
 
-    async def begin(self, worker: str, log: str) -> str | None:
+    async def begin(self, worker: str, log: str, start: str) -> str | None:
         """`Leases.begin`; a row that was given up becomes a failed row. "" if there is nothing to do."""
-        reason = self._leases.begin(worker, log)
+        reason = self._leases.begin(worker, log, start)
         self._store_given_up()
         return "" if reason is None and self._leases.is_done else reason
 
@@ -63,11 +63,11 @@ class Desk:
         self._leases.bury(worker, reason)
         self._store_given_up()
 
-    async def take(self, worker: str, most: int) -> list[Work] | NLIError | None:
+    async def take(self, worker: str, most: int, start: str) -> list[Work] | NLIError | None:
         """`Leases.take`, with the rows. Those that are stored already are left out."""
         self._first_at = self._first_at or time.time()
         try:
-            while numbers := self._leases.take(worker, most):
+            while numbers := self._leases.take(worker, most, start):
                 work = [Work(*item) for item in read_pending_work(self._worklist, numbers)]
                 stored = self._find_stored(work)
                 self._leases.finish(worker, [item.number for item in work if item.number in stored])

@@ -17,15 +17,15 @@ precision, prompt, decoding and data. Further adapters of the same base are answ
 import contextlib
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from nli.adapter_files import find_weights
 from nli.answer_store import AnswerStore
-from nli.checkpoints import WEIGHTS, describe_model, fingerprint_model
+from nli.checkpoints import describe_model, fingerprint_model, resolve_template
 from nli.cluster import check_gpu_choice, connected, finds_cluster, progress_bar, spread
 from nli.config import Count, CountOrZero, NonNegative, config_class
 from nli.desk import start_desk
@@ -33,15 +33,14 @@ from nli.engines import Decoding, EngineName, EngineSettings, Precision, build_e
 from nli.errors import ClusterError, ConfigError, DataError, ModelError
 from nli.examples import iterate_examples
 from nli.model import check_base
-from nli.prompts import STUDENT_PROMPT_NAME, render_student_prompt
+from nli.prompts import STUDENT_PROMPT_NAME, prompt_sha256
 from nli.records import row_key
-from nli.results import Tally, write_answers, write_report, write_table
+from nli.results import describe_figures, summarise, write_answers, write_report, write_table
 from nli.runs import Run, is_in_use, list_gpus, read_manifest, start_run
 from nli.storage import resolve_input, resolve_output, sha256_file
-from nli.student import Asking, Student, Target
+from nli.student import TICKETS_AT_ONCE, Asking, Student, Target, plan_ticket
+from nli.tokenization import check_prompt_ids
 from nli.worklist import Worklist
-
-TICKETS_AT_ONCE = 13  # of one worker: all but one are always whole
 
 
 @config_class
@@ -114,6 +113,14 @@ class InferenceConfig:
         return Decoding(self.max_new_tokens, self.temperature, self.no_cot, self.force_label, self.label_probability)
 
 
+class Model(NamedTuple):
+    """One of the models of a run: what its results are called, its adapter's folder, its prompt."""
+
+    name: str
+    adapter: str | None
+    template: str
+
+
 @dataclass
 class ResultSet:
     """One model of a run with its files."""
@@ -138,17 +145,19 @@ def run(config: InferenceConfig) -> Path:
     with contextlib.ExitStack() as stack:
         place = stack.enter_context(tempfile.TemporaryDirectory(prefix="nli-rows-"))
         worklist = stack.enter_context(Worklist(Path(place) / "rows.sqlite"))
-        num_rows = worklist.fill(((row, row_key(row).encode()) for row in examples), source)
+        labelled: set[bool] = set()
+        num_rows = worklist.fill(((row, row_key(row).encode()) for row in _noting_labels(examples, labelled)), source)
         base, models = describe_models(config)
         if finds_cluster():
             stack.enter_context(connected(config.gpu))
         num_gpus = count_gpus(config.use_gpu)
         device = "cuda:0" if (num_gpus > 0 if config.use_gpu is None else config.use_gpu) else "cpu"
         engine = choose_engine(config.engine, config.precision, device)
-        sets = [open_results(config, stack, source, engine, base, model, adapter, len(models)) for model, adapter in models]
+        sets = [open_results(config, stack, source, engine, base, model, len(models)) for model in models]
+        rows = f"{num_rows} {'labelled' if True in labelled else 'unlabelled'} rows"
         for index, each in enumerate(sets):
             each.num_pending = worklist.list_pending(_finding_done(each.store), index)
-            print(f"inference: {each.name}: {num_rows} rows, {num_rows - each.num_pending} answered already, {each.num_pending} to do", flush=True)
+            print(f"inference: {each.name}: {rows}, {num_rows - each.num_pending} answered already, {each.num_pending} to do", flush=True)
         figures = {}
         if any(each.num_pending for each in sets):
             stack.enter_context(connected(config.gpu))
@@ -167,12 +176,13 @@ def run(config: InferenceConfig) -> Path:
     return sets[0].files["jsonl"]
 
 
-def describe_models(config: InferenceConfig) -> tuple[str, list[tuple[str, str | None]]]:
-    """The base of a run, and the name and adapter folder of each model. Raises ModelError if one does not fit, ConfigError if two have one name."""
+def describe_models(config: InferenceConfig) -> tuple[str, list[Model]]:
+    """The base of a run and its models. Raises ModelError if one does not fit, ConfigError if two have one name, DataError if the template is none."""
     model = _local(config.model, config.storage_root)
     base, adapter = describe_model(model, config.base_model)
     check_base(base)
-    models = [(_name(model), adapter)]
+    template_file = str(resolve_input(config.prompt_template, config.storage_root)) if config.prompt_template else ""
+    models = [Model(_name(model), adapter, resolve_template(adapter or model, template_file))]
     for path in config.adapters:
         folder = _local(path, config.storage_root)
         its_base, its_adapter = describe_model(folder, config.base_model or base)
@@ -180,8 +190,10 @@ def describe_models(config: InferenceConfig) -> tuple[str, list[tuple[str, str |
             raise ModelError(f"{path}: a model of its own, not an adapter; give it as --model, in a run of its own.")
         if its_base != base and fingerprint_model(its_base) != fingerprint_model(base):
             raise ModelError(f"{path}: the adapter's base is {its_base}, not {base}; one pass has one base.")
-        models.append((_name(folder), its_adapter))
-    names = [name for name, _ in models]
+        models.append(Model(_name(folder), its_adapter, resolve_template(its_adapter, template_file)))
+    for each in models:
+        check_prompt_ids(base, each.adapter, each.template)
+    names = [each.name for each in models]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise ConfigError(f"two of the models are called {repeated}, and so would their results be; rename a folder, or answer them in two runs.")
     return base, models
@@ -196,42 +208,39 @@ def count_gpus(use_gpu: bool | None) -> int:
     return int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else len(list_gpus())
 
 
-def open_results(
-    config: InferenceConfig, stack: contextlib.ExitStack, source: Path, engine: str, base: str, model: str, adapter: str | None, num_models: int
-) -> ResultSet:
+def open_results(config: InferenceConfig, stack: contextlib.ExitStack, source: Path, engine: str, base: str, model: Model, num_models: int) -> ResultSet:
     """The result set of one model: named, its manifest checked, its store open."""
-    template = render_student_prompt("{premise}", "{hypothesis}")
+    name, adapter, template = model
     identity = {
         "base": fingerprint_model(base),
-        "adapter": sha256_file(Path(adapter) / WEIGHTS) if adapter else None,
+        "adapter": sha256_file(find_weights(Path(adapter))) if adapter else None,
         "precision": config.precision,
         "compute_dtype": config.compute_dtype,
         "engine": engine,
-        "prompt_sha256": sha256(template.encode()).hexdigest(),
+        "prompt_sha256": prompt_sha256(template),
         **asdict(config.decoding()),
         "num_samples": config.num_samples,
         "completion_length_column": config.completion_length_column,
     }
     folder = resolve_output(config.results_dir, config.storage_root)
-    named = f"{config.run_name}-{model}" if config.run_name and num_models > 1 else config.run_name
-    name = named or find_interrupted(folder, identity, source) or name_results(model, config.precision, source)
-    files = {kind: folder / f"{name}.{kind}" for kind in ("jsonl", "csv", "json", "answers.sqlite", "manifest.json")}
-    is_new = not files["answers.sqlite"].exists()
-    has_work = files["jsonl"].exists() or not is_new
-    record = start_run(files["manifest.json"], "inference", identity, config, [source], has_work)
-    stack.enter_context(_stopping_on_error(record))
+    named = f"{config.run_name}-{name}" if config.run_name and num_models > 1 else config.run_name
+    stem = named or find_interrupted(folder, identity, source) or name_results(name, config.precision, source)
+    files = {kind: folder / f"{stem}.{kind}" for kind in ("jsonl", "csv", "json", "answers.sqlite", "manifest.json")}
     store = stack.enter_context(contextlib.closing(AnswerStore(files["answers.sqlite"])))
     store.check()
-    if is_new and files["jsonl"].exists():
+    is_empty = store.count() == 0
+    record = start_run(files["manifest.json"], "inference", identity, config, [source], has_work=files["jsonl"].exists() or not is_empty)
+    stack.enter_context(_stopping_on_error(record))
+    if is_empty and files["jsonl"].exists():
         store.read_in(files["jsonl"])
     frame = {
-        "answered_by": model,
+        "answered_by": name,
         "prompt_name": STUDENT_PROMPT_NAME,
         "prompt_sha256": identity["prompt_sha256"],
         "precision": config.precision,
         "engine": engine,
     }
-    return ResultSet(name, Target(adapter, template, frame), store, record, files=files)
+    return ResultSet(stem, Target(adapter, template, frame), store, record, files=files)
 
 
 def answer(config: InferenceConfig, engine: str, settings: EngineSettings, sets: Sequence[ResultSet], worklist: Worklist, num_gpus: int) -> dict:
@@ -240,8 +249,8 @@ def answer(config: InferenceConfig, engine: str, settings: EngineSettings, sets:
 
     num_workers = config.num_workers or max(1, num_gpus if settings.device != "cpu" else 1)
     num_pending = sum(each.num_pending for each in sets)
-    size = plan_ticket(engine, config, settings.device)
-    desk = start_desk(worklist.path, [each.store.path for each in sets], size * TICKETS_AT_ONCE, [each.target.frame for each in sets])
+    size, most_held = plan_ticket(engine, settings, config.num_samples, num_pending)
+    desk = start_desk(worklist.path, [each.store.path for each in sets], most_held, [each.target.frame for each in sets])
     # More tickets than rows: a worker that is ready late, or comes to a cluster that grows, finds some. Without rows they end at once.
     spare = max(num_workers, config.max_workers) * (TICKETS_AT_ONCE + 2)
     tickets = [{"num_rows": size}] * (-(-num_pending // size) + spare)
@@ -273,38 +282,6 @@ def answer(config: InferenceConfig, engine: str, settings: EngineSettings, sets:
     return figures
 
 
-def plan_ticket(engine: str, config: InferenceConfig, device: str) -> int:
-    """Rows that one ticket is worth: all tickets of a worker together hold more rows than its engine works on at once.
-
-    vLLM needs a half more to be full at all times, transformers several times as many to sort by length. Without thoughts rows pass by in no time.
-    """
-    at_once = config.batch_size or {"vllm": 1024, "transformers": 32 if device == "cpu" else 256}[engine]
-    rows = (4 if config.no_cot or engine == "transformers" else 1.5) * at_once / config.num_samples
-    return max(1, round(rows / (TICKETS_AT_ONCE - 1)))
-
-
-def describe_figures(figures: Mapping, target: int, seconds: float) -> dict:
-    """Timing and speed of this attempt, from what the desk tells."""
-    engines = figures.get("engines", [])
-    rows, row_seconds = sum(figures.get("rows", [])), figures.get("seconds", 0.0)
-
-    def most(name: str) -> float | None:
-        return max((engine[name] for engine in engines if engine.get(name) is not None), default=None)
-
-    return {
-        "rows_computed": figures["rows"][target] if figures else 0,
-        "worker_deaths": figures.get("deaths", 0),
-        "seconds": round(seconds, 2),
-        "load_seconds": most("load_seconds"),
-        "compile_seconds": most("compile_seconds"),
-        "row_seconds": round(row_seconds, 2),
-        "rows_per_second": round(rows / row_seconds, 2) if row_seconds else 0.0,
-        "tokens_per_second": round(figures.get("tokens", 0) / row_seconds, 1) if row_seconds else 0.0,
-        "peak_memory_gb": most("peak_memory_gb"),
-        "engines": engines,
-    }
-
-
 def write_results(results: ResultSet, worklist: Worklist, timing: Mapping) -> None:
     """Write a model's files, finish its manifest and say how it went."""
     tally = write_answers(worklist, results.store, results.files["jsonl"])
@@ -312,24 +289,7 @@ def write_results(results: ResultSet, worklist: Worklist, timing: Mapping) -> No
     counts = tally.counts() | {name: timing[name] for name in ("rows_computed", "seconds", "rows_per_second")}
     results.record.finish(counts)
     write_report(results.files["jsonl"], {**results.record.manifest, "metrics": tally.metrics(), "timing": timing})
-    print(summarise(results.name, tally, counts, timing) + f"\n  -> {results.files['jsonl']}", flush=True)
-
-
-def summarise(name: str, tally: Tally, counts: Mapping, timing: Mapping) -> str:
-    """The console's last words on a model: unparsed rows first, accuracy, speed, memory, and where the seconds went."""
-    lines = [f"inference: {name}: {counts['unparsed']} of {counts['rows']} unparsed"]
-    if counts["failed"]:
-        lines[0] += f" ({counts['failed']} failed; the same command asks them again)"
-    if counts["labelled"]:
-        lines[0] += f", {counts['correct']} of {counts['labelled']} right ({counts['accuracy']:.3f})"
-    if timing["rows_computed"]:
-        memory = f", peak memory {timing['peak_memory_gb']:.1f} GB" if timing["peak_memory_gb"] else ""
-        lines.append(f"  {timing['rows_per_second']:.1f} rows/s, {timing['tokens_per_second']:.0f} tokens/s{memory}")
-        parts = {"load": timing["load_seconds"], "compile": timing["compile_seconds"], "rows": timing["row_seconds"]}
-        lines.append(
-            "  " + ", ".join(f"{part} {seconds:.1f} s" for part, seconds in parts.items() if seconds is not None) + f", in all {timing['seconds']:.1f} s"
-        )
-    return "\n".join(lines)
+    print(summarise(results.name, counts, timing) + f"\n  -> {results.files['jsonl']}", flush=True)
 
 
 def find_interrupted(folder: Path, identity: Mapping, source: Path) -> str | None:
@@ -345,6 +305,12 @@ def find_interrupted(folder: Path, identity: Mapping, source: Path) -> str | Non
 def name_results(model: str, precision: str, source: Path) -> str:
     """{model}-{precision}-{dataset}-{timestamp}, a checkpoint with its run's name."""
     return f"{model}-{precision}-{source.stem}-{datetime.now(UTC).strftime('%Y%m%d_%H%M%S')}"
+
+
+def _noting_labels(rows: Iterable[dict], labelled: set[bool]) -> Iterator[dict]:
+    for row in rows:
+        labelled.add(row["true_label"] is not None)
+        yield row
 
 
 @contextlib.contextmanager

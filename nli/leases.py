@@ -22,6 +22,7 @@ FIRST_ROWS = {0: 1 << 30, 1: 16}  # rows for a worker after so many deaths in a 
 
 @dataclass
 class _Worker:
+    start: str
     log: str
     held: set[int] = field(default_factory=set)
     holds_suspects: bool = False
@@ -52,8 +53,8 @@ class Leases:
         """Whether nothing is left to take or to finish."""
         return self._num_left() == 0
 
-    def begin(self, worker: str, log: str) -> str | None:
-        """A worker starts, perhaps again. Returns why it must not, if its earlier starts led to nothing."""
+    def begin(self, worker: str, log: str, start: str = "") -> str | None:
+        """A worker starts, perhaps again; `start` tells its starts apart. Returns why it must not, if its earlier starts led to nothing."""
         before = self._workers.get(worker)
         if before is not None and before.is_alive:
             self.bury(worker, "its process ended without a word")
@@ -61,7 +62,7 @@ class Leases:
         num_fruitless = before.num_fruitless if before else 0
         if num_fruitless >= MOST_STARTS:
             return f"{num_fruitless} starts in a row ended before a row was finished, the last one so: {before.reason}. Its log: {before.log}"
-        self._workers[worker] = _Worker(log, num_fruitless=num_fruitless)
+        self._workers[worker] = _Worker(start, log, num_fruitless=num_fruitless)
         return None
 
     def bury(self, worker: str, reason: str) -> None:
@@ -80,9 +81,14 @@ class Leases:
                 self._waiting.add(row)
         dead.held = set()
 
-    def take(self, worker: str, most: int) -> list[int] | None:
-        """Rows for a worker to begin with, at most so many; an empty list: ask again when some have ended; None: nothing is left for it."""
-        mine = self._workers.setdefault(worker, _Worker(log=""))
+    def take(self, worker: str, most: int, start: str = "") -> list[int] | None:
+        """Rows for a worker to begin with, at most so many; an empty list: ask again when some have ended; None: nothing is left for it.
+
+        A start that has ended, or is about to, gets nothing: nobody would work on it.
+        """
+        mine = self._workers.setdefault(worker, _Worker(start, log=""))
+        if not mine.is_alive or mine.start != start:
+            return []
         if self._next > self.num_rows and not self._waiting:
             return None
         if mine.holds_suspects and mine.held:
@@ -104,7 +110,7 @@ class Leases:
 
     def finish(self, worker: str, rows: Iterable[int]) -> None:
         """Rows of a worker are stored. Those of a worker that was taken for dead count as well."""
-        mine = self._workers.setdefault(worker, _Worker(log=""))
+        mine = self._workers.get(worker) or _Worker(start="", log="")  # a stranger was here before this process
         for row in rows:
             if row in mine.held or row in self._waiting:
                 self.num_finished += 1

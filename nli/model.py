@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from nli.checkpoints import WEIGHTS
+from nli.adapter_files import WEIGHTS, fit_adapter
 from nli.errors import ModelError
 from nli.tokenization import first_line
 
@@ -128,17 +128,28 @@ def add_lora(model: "PreTrainedModel", rank: int, alpha: int, dropout: float, ta
 
 
 def load_adapter(model: "PreTrainedModel | PeftModel", folder: str, name: str = "default") -> "PeftModel":
-    """The base with the adapter of a folder, for inference, beside those that it has already. Raises ModelError."""
+    """The base with the adapter of a folder, for inference, beside those that it has already under other names. Raises ModelError.
+
+    The base keeps its vocabulary: rows that an adapter's embeddings have beyond it are left out (`nli.adapter_files`), so nothing is generated from them.
+    """
+    import tempfile
+    import warnings
+
     from peft import PeftModel
     from safetensors import SafetensorError
 
     try:
-        if not isinstance(model, PeftModel):
-            return PeftModel.from_pretrained(model, folder, adapter_name=name)
-        model.load_adapter(folder, adapter_name=name)
-        return model
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        with tempfile.TemporaryDirectory(prefix="nli-adapter-") as aside, warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")  # the layers without weights would answer as the base does
+            source = fit_adapter(model, folder, aside)
+            if isinstance(model, PeftModel):
+                model.load_adapter(source, name, torch_device=str(model.device))
+                return model
+            return PeftModel.from_pretrained(model, source, adapter_name=name, torch_device=str(model.device))
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UserWarning) as error:
         raise ModelError(f"{folder}: the adapter cannot be put on this base ({first_line(error)}).") from None
+    except ModelError as error:
+        raise ModelError(f"{folder}: the adapter cannot be put on this base ({first_line(error)})") from None
 
 
 def load_with_adapters(

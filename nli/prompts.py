@@ -31,15 +31,42 @@ INSTRUCTION = 'Does the premise entail the hypothesis? Reason step by step, then
 STUDENT_PROMPT_NAME = "student"
 
 
-def render_student_prompt(premise: str, hypothesis: str) -> str:
-    """The text that the student sees, in training and at inference, without BOS."""
-    return f"[INST] Premise: {premise}\nHypothesis: {hypothesis}\n\n{INSTRUCTION}[/INST]"
+STUDENT_TEMPLATE = f"[INST] Premise: {{premise}}\nHypothesis: {{hypothesis}}\n\n{INSTRUCTION}[/INST]"
+"""The student's prompt with `{premise}` and `{hypothesis}` in the places of the pair."""
+
+PLACEHOLDERS = ("{premise}", "{hypothesis}")
+_SEQUENCE_TOKENS = ("<s>", "</s>", "<bos>", "<eos>", "<|begin_of_text|>", "<|end_of_text|>", "<|endoftext|>")
 
 
 def render_prompt(template: str, premise: str, hypothesis: str) -> str:
-    """A template with the pair in the places of `{premise}` and `{hypothesis}`; every other character stays."""
-    values = {"{premise}": premise, "{hypothesis}": hypothesis}
+    """A template with the pair in its places, all other text unchanged, its braces too.
+
+    render_prompt('{premise} => {hypothesis}? {"label": ', "Sets {a}.", "{premise}")  ->  'Sets {a}. => {premise}? {"label": '
+    """
+    values = dict(zip(PLACEHOLDERS, (premise, hypothesis), strict=True))
     return re.sub(r"\{premise\}|\{hypothesis\}", lambda place: values[place[0]], template)
+
+
+def find_template_fault(template: str) -> str | None:
+    """Why a text cannot be a prompt's template, None if it can."""
+    if not template.strip():
+        return "the prompt template is empty."
+    for place in PLACEHOLDERS:
+        if (count := template.count(place)) != 1:
+            return f"the prompt template needs {place} exactly once, and has it {'not at all' if not count else f'{count} times'}."
+    if found := next((token for token in _SEQUENCE_TOKENS if token in template), None):
+        return f"the prompt template holds {found}: leave it out; BOS and EOS are added as tokens."
+    return None
+
+
+def prompt_sha256(template: str) -> str:
+    """Hash of a template: the provenance of an answer, and what an adapter's card keeps."""
+    return hashlib.sha256(template.encode()).hexdigest()
+
+
+def render_student_prompt(premise: str, hypothesis: str) -> str:
+    """The text that the student sees, in training and at inference, without BOS."""
+    return render_prompt(STUDENT_TEMPLATE, premise, hypothesis)
 
 
 def render_completion(thought_process: str, predicted_label: int) -> str:
@@ -186,4 +213,4 @@ THOUGHT_PROMPT_NAMES = ("initial_generation", "scoring", "regeneration")
 
 def student_prompt_sha256() -> str:
     """Hash of the student's template, kept beside every adapter that was trained with it."""
-    return hashlib.sha256(render_student_prompt("{premise}", "{hypothesis}").encode()).hexdigest()
+    return prompt_sha256(STUDENT_TEMPLATE)

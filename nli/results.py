@@ -5,7 +5,6 @@ write_table(Path("results/reflected.jsonl"))                                  re
 write_report(Path("results/reflected.jsonl"), head)                           results/reflected.json: the head, then one row a line
 """
 
-import csv
 import json
 from array import array
 from collections import Counter
@@ -15,7 +14,7 @@ from pathlib import Path
 from nli.answer_store import AnswerStore
 from nli.errors import StorageError
 from nli.parsing import ParseStatus
-from nli.storage import dump_line, write_atomic
+from nli.storage import dump_line, write_atomic, write_csv
 from nli.worklist import Worklist
 
 COLUMNS = (
@@ -93,14 +92,7 @@ def write_answers(worklist: Worklist, store: AnswerStore, output: Path) -> Tally
 
 def write_table(answers: Path) -> None:
     """Write the CSV beside a file of answers; None becomes an empty cell."""
-
-    def write(aside: Path) -> None:
-        with open(aside, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)  # the default \r\n line ends make it quote a lone \r inside a field
-            writer.writerow(COLUMNS)
-            writer.writerows([row.get(column) for column in COLUMNS] for row in map(json.loads, _lines(answers)))
-
-    write_atomic(answers.with_name(f"{answers.name.removesuffix('.jsonl')}.csv"), write)
+    write_csv(answers.with_name(f"{answers.name.removesuffix('.jsonl')}.csv"), map(json.loads, _lines(answers)), COLUMNS)
 
 
 def write_report(answers: Path, head: Mapping) -> None:
@@ -114,6 +106,45 @@ def write_report(answers: Path, head: Mapping) -> None:
             file.write("\n ]\n}\n")
 
     write_atomic(answers.with_name(f"{answers.name.removesuffix('.jsonl')}.json"), write)
+
+
+def describe_figures(figures: Mapping, target: int, seconds: float) -> dict:
+    """Timing and speed of this attempt, from what the desk tells."""
+    engines = figures.get("engines", [])
+    rows, row_seconds = sum(figures.get("rows", [])), figures.get("seconds", 0.0)
+
+    def most(name: str) -> float | None:
+        return max((engine[name] for engine in engines if engine.get(name) is not None), default=None)
+
+    return {
+        "rows_computed": figures["rows"][target] if figures else 0,
+        "worker_deaths": figures.get("deaths", 0),
+        "seconds": round(seconds, 2),
+        "load_seconds": most("load_seconds"),
+        "compile_seconds": most("compile_seconds"),
+        "row_seconds": round(row_seconds, 2),
+        "rows_per_second": round(rows / row_seconds, 2) if row_seconds else 0.0,
+        "tokens_per_second": round(figures.get("tokens", 0) / row_seconds, 1) if row_seconds else 0.0,
+        "peak_memory_gb": most("peak_memory_gb"),
+        "engines": engines,
+    }
+
+
+def summarise(name: str, counts: Mapping, timing: Mapping) -> str:
+    """The console's last words on a model: unparsed rows first, accuracy, speed, memory, and where the seconds went."""
+    lines = [f"inference: {name}: {counts['unparsed']} of {counts['rows']} unparsed"]
+    if counts["failed"]:
+        lines[0] += f" ({counts['failed']} failed; the same command asks them again)"
+    if counts["labelled"]:
+        lines[0] += f", {counts['correct']} of {counts['labelled']} right ({counts['accuracy']:.3f})"
+    if timing["rows_computed"]:
+        memory = f", peak memory {timing['peak_memory_gb']:.1f} GB" if timing["peak_memory_gb"] else ""
+        lines.append(f"  {timing['rows_per_second']:.1f} rows/s, {timing['tokens_per_second']:.0f} tokens/s{memory}")
+        parts = {"load": timing["load_seconds"], "compile": timing["compile_seconds"], "rows": timing["row_seconds"]}
+        lines.append(
+            "  " + ", ".join(f"{part} {seconds:.1f} s" for part, seconds in parts.items() if seconds is not None) + f", in all {timing['seconds']:.1f} s"
+        )
+    return "\n".join(lines)
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -1,9 +1,8 @@
-"""Files: where outputs go, how they are written whole or not at all, and how rows are kept as they finish.
+"""Files: where inputs and outputs lie, and how rows are read, checked and written whole or not at all.
 
-rows = RowFile(Path("data/original_thoughts/train.jsonl"))
-finished = rows.read_finished()          # {row_key: row}, from the output and from an interrupted run's .partial file
-rows.append([row, ...])                  # on disk when it returns
-rows.finish([row, ...])                  # the output, complete and in input order; the .partial file goes
+resolve_output("results/a.jsonl", storage_root="/data")     -> Path("/data/results/a.jsonl")
+write_jsonl(Path("results/a.jsonl"), rows)                  # readers see the old file or the new one
+iterate_jsonl(Path("results/a.jsonl"), Answer)              # row by row; names every faulty line
 """
 
 import csv
@@ -96,7 +95,7 @@ def write_jsonl(path: Path, rows: Iterable[Mapping]) -> None:
     write_atomic(path, write)
 
 
-def write_csv(path: Path, rows: Sequence[Mapping], columns: Sequence[str]) -> None:
+def write_csv(path: Path, rows: Iterable[Mapping], columns: Sequence[str]) -> None:
     """Write the named columns of rows as CSV, atomically; None becomes an empty cell."""
 
     def write(aside: Path) -> None:
@@ -174,64 +173,3 @@ def summarise_faults(faults: Sequence[str], cure: str, shown: int = 10) -> str:
     if len(faults) > shown:
         lines.append(f"... and {len(faults) - shown} more")
     return "\n".join(lines) + f"\n{cure[0].upper()}{cure[1:]}."
-
-
-class RowFile:
-    """One output file of a stage that makes rows one by one.
-
-    Rows are appended to `<output>.partial` as they finish, and moved to the output, in input order, when all are there. A torn last line, as a kill
-    leaves it, is dropped and its row made again. Finished rows that the input lacks now go to `<output>.set_aside`, where a later run finds them.
-    """
-
-    def __init__(self, path: Path) -> None:
-        if path.is_dir():
-            raise StorageError(f"{path} is a folder; give a file to write rows to.")
-        self.path = path
-        self.partial = path.with_name(path.name + ".partial")
-        self.set_aside = path.with_name(path.name + ".set_aside")
-        self._known: dict[str, dict] = {}
-
-    def exists(self) -> bool:
-        """Whether anything of an earlier run is there."""
-        return self.path.exists() or self.partial.exists()
-
-    def read_finished(self) -> dict[str, dict]:
-        """Rows of earlier runs by row key; a later row replaces an earlier one of the same key."""
-        for path in (self.set_aside, self.path, self.partial):
-            if not path.exists():
-                continue
-            data = path.read_bytes()
-            whole = data[: data.rfind(b"\n") + 1]
-            if path == self.partial and len(whole) < len(data):
-                os.truncate(path, len(whole))
-            for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
-                try:
-                    row = json.loads(line)
-                    self._known[row_key(row)] = row
-                except (ValueError, KeyError, TypeError):
-                    raise DataError(f"{path}:{number}: not a row of this project; repair or remove the line, and only its row is made again.") from None
-        return dict(self._known)
-
-    def append(self, rows: Sequence[dict]) -> None:
-        """Add finished rows; they are on disk when this returns."""
-        try:
-            self.partial.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.partial, "a", encoding="utf-8", newline="\n") as file:
-                file.writelines(dump_line(row) for row in rows)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise StorageError(f"{self.partial}: cannot be written ({error.strerror}). The rows before are kept; mend it and run the command again.") from error
-        self._known |= {row_key(row): row for row in rows}
-
-    def finish(self, rows: Sequence[Mapping]) -> None:
-        """Write the output whole and drop the partial file."""
-        kept = {row_key(row) for row in rows}
-        others = [row for key, row in self._known.items() if key not in kept]
-        if others:
-            write_jsonl(self.set_aside, others)
-            print(f"{len(others)} finished rows belong to pairs that the input lacks now; they are kept in {self.set_aside}", flush=True)
-        write_jsonl(self.path, rows)
-        self.partial.unlink(missing_ok=True)
-        if not others:
-            self.set_aside.unlink(missing_ok=True)

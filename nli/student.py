@@ -25,6 +25,8 @@ from nli.services import Gatherer
 PUT_SECONDS = 0.02  # answers that finish within so long travel together; a row is on disk within 50 ms of its end
 ASK_AGAIN_SECONDS = 0.05  # between two requests for rows where the desk gave fewer than there is room for
 FIGURES_SECONDS = 1.0
+TICKETS_AT_ONCE = 13  # of one worker: all but one are always whole
+MOST_TICKETS = 500  # of one run, as far as its length goes: each costs Ray Data some milliseconds
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class Student:
 
         self._desk, self._asking = desk, asking
         self._worker = ray.get_runtime_context().get_actor_id()
-        reason = ray.get(desk.begin.remote(self._worker, describe_log()))
+        self._start = f"{os.getpid()} at {time.time()}"
+        reason = ray.get(desk.begin.remote(self._worker, describe_log(), self._start))
         if reason:
             raise ModelError(f"The engine {engine_name} cannot work: {reason}")
         self._engine = None
@@ -103,7 +106,7 @@ class Student:
         try:
             while self._tickets:
                 room = sum(ticket.num_left for ticket in self._tickets) - self._num_running
-                work = _unwrap(await self._desk.take.remote(self._worker, room)) if room > 0 else []
+                work = _unwrap(await self._desk.take.remote(self._worker, room, self._start)) if room > 0 else []
                 for item in work or ():
                     self._num_running += 1
                     task = asyncio.get_running_loop().create_task(self._answer(Work(*item)))
@@ -167,6 +170,18 @@ class Student:
             done = self._tickets.popleft().done
             if not done.done():
                 done.set_exception(error) if error else done.set_result(None)
+
+
+def plan_ticket(engine: str, settings: EngineSettings, num_samples: int, num_pending: int) -> tuple[int, int]:
+    """(rows that one ticket is worth, most rows that one worker holds): all its tickets together are worth what it may hold, or more in a long run.
+
+    vLLM needs a half more rows than it works on at once to be full at all times, transformers several times as many to sort by length. Without thoughts rows
+    pass by in no time.
+    """
+    at_once = settings.batch_size or {"vllm": 1024, "transformers": 32 if settings.device == "cpu" else 256}[engine]
+    rows = (4 if settings.decoding.no_cot or engine == "transformers" else 1.5) * at_once / num_samples
+    size = max(1, round(rows / (TICKETS_AT_ONCE - 1)))
+    return max(size, num_pending // MOST_TICKETS), size * TICKETS_AT_ONCE
 
 
 def describe_log() -> str:

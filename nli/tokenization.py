@@ -9,9 +9,11 @@ completion and its EOS.
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nli.errors import DataError, ModelError
+from nli.prompts import render_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,6 +66,21 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int
     framed = len(ids) > 1 and ids[0] in special and ids[-1] in special
     _refuse_special(tokenizer, ids[1:-1] if framed else ids, special)
     return [tokenizer.bos_token_id, *ids]
+
+
+def check_prompt_ids(base: str, adapter: str | None, template: str) -> None:
+    """Raise DataError if a prompt template cannot be encoded, ModelError if an adapter was trained with other ids for it than the base's tokenizer gives.
+
+    At inference the base's tokenizer encodes for all adapters. One that was trained elsewhere brings a tokenizer of its own, mostly the base's with a `[PAD]`
+    token, which no prompt holds; then its ids are those of its training. Any other difference shows here.
+    """
+    prompt = render_prompt(template, "Two dogs, a cat & 3 herons\nran home.", "An animal moved; it's true.")
+    ids = encode_prompt(load_tokenizer(base), prompt)
+    if adapter is None or not any((Path(adapter) / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return
+    if encode_prompt(load_tokenizer(adapter), prompt) != ids:
+        cure = "Give --base-model a copy of the base with the adapter's tokenizer."
+        raise ModelError(f"{adapter}: its tokenizer encodes the prompt otherwise than the one of {base}. {cure}")
 
 
 def encode_example(tokenizer: "PreTrainedTokenizerBase", prompt: str, completion: str) -> TokenisedExample:

@@ -122,9 +122,11 @@ def test_a_finished_output_is_read_in_where_the_store_is_gone(store, tmp_path):
     keys = [row_key(row) for row in rows]
     assert store.find_done(keys) == set(keys[:3])
     assert example(0, ODD) | store.read(keys)[keys[0]] == rows[0]
-    output.write_text('{"id": "1"}\n')
-    with pytest.raises(DataError, match=r"run\.jsonl:1: not a row of this project"):
+    again = json.dumps(example(7) | to_answer(FRAME, [said(1)])) + "\n"
+    output.write_text(again + '{"id": "1"}\n')
+    with pytest.raises(DataError, match=r"run\.jsonl:2: not a row of this project"):
         store.read_in(output)
+    assert store.count() == 4
 
 
 def test_files_are_made_from_rows_and_store_alone(store, tmp_path):
@@ -312,6 +314,17 @@ def test_an_engine_that_dies_whatever_it_is_given_is_named_with_its_log():
     assert leases.pop_given_up() == {}
     assert leases.begin("b", "/logs/other.err") is None
     assert drain(leases, "b")[0][-1] <= 5000 and leases.is_done
+
+
+def test_a_start_that_has_ended_gets_no_rows_that_nobody_would_work_on():
+    leases = Leases(100, most_held=8)
+    assert leases.begin("a", "log", "first") is None
+    leases.take("a", 8, "first")
+    leases.bury("a", "the device is gone")
+    assert leases.take("a", 8, "first") == []
+    assert leases.begin("a", "log", "second") is None
+    assert leases.take("a", 8, "first") == []  # asked before it was killed
+    assert leases.take("a", 8, "second") == list(range(9, 17))
 
 
 def test_an_engine_that_dies_while_loading_is_not_tried_for_ever():

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tests.conftest import REPOSITORY, TINY_BASE
 
@@ -29,6 +31,15 @@ def refuse(result: subprocess.CompletedProcess) -> str:
     return result.stderr
 
 
+def write_adapter(folder: Path, width: int = 192, base: str = TINY_BASE) -> None:
+    """The least of a LoRA adapter from elsewhere: one layer, no card."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "base_model_name_or_path": base}))
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    weights = {f"{layer}.lora_A.weight": np.zeros((2, width), np.float32), f"{layer}.lora_B.weight": np.zeros((192, 2), np.float32)}
+    save_file(weights, folder / "adapter_model.safetensors")
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, str]:
     contents = {
@@ -43,14 +54,20 @@ def files(tmp_path: Path) -> dict[str, str]:
         "type.py": 'from nli.sft import TrainConfig\n\nconfig = TrainConfig(lora_rank="8")\n',
         "other.py": "from nli.inference import InferenceConfig\n\nconfig = InferenceConfig()\n",
         "nothing.py": "batch_size = 8\n",
+        "no_place.txt": "Premise: {premise} Does it entail that?\n",
+        "with_bos.txt": "<s>[INST] {premise} {hypothesis} [/INST]\n",
     }
     for name, text in contents.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "folder").mkdir()
-    return {name: str(tmp_path / name) for name in [*contents, "folder", "out"]}
+    write_adapter(tmp_path / "adapter")
+    write_adapter(tmp_path / "narrow", width=128)
+    write_adapter(tmp_path / "lost", base="/home/them/mistral")
+    return {name: str(tmp_path / name) for name in [*contents, "folder", "adapter", "narrow", "lost", "out"]}
 
 
 THOUGHTS = ("generate_thoughts", "--base-url", "http://127.0.0.1:9", "--output-jsonl", "{out}/a.jsonl", "--input-csv")
+ANSWER = ("run_inference", "--data", "{good.csv}", "--results-dir", "{out}", "--model")
 CASES = {
     "misspelt flag": (("train_sft", "--lora-rnak", "8"), ["lora-rnak", "--lora-rank"]),
     "misspelt field in a file": (("train_sft", "--config", "{typo.py}"), ["typo.py:3: unknown field 'lora_rnak'. Did you mean lora_rank?"]),
@@ -85,6 +102,23 @@ CASES = {
     "object storage": (("prepare_sft_data", "--thoughts", "{good.csv}", "--output-jsonl", "s3://bucket/a.jsonl"), ["object storage is not supported"]),
     "a folder that is no model": (("run_inference", "--model", "{folder}"), ["folder: neither a model (config.json) nor an adapter"]),
     "no such model": (("run_inference", "--model", "{out}/model"), ["out/model: no such model folder, and not a hub name"]),
+    "no such model on the hub": ((*ANSWER, "nobody/nothing"), ["nobody/nothing: no model there", "Give a model folder, or a hub name with access to the hub"]),
+    "an adapter that does not fit its base": (
+        (*ANSWER, "{narrow}"),
+        ["narrow: the adapter's lora_A of model.layers.0.self_attn.q_proj takes 128 numbers, and", "tiny-mistral's 192", "by --base-model"],
+    ),
+    "an adapter whose base is elsewhere": ((*ANSWER, "{lost}"), ["lost: the adapter names /home/them/mistral as its base", "say where it is by --base-model"]),
+    "a base that is not there": ((*ANSWER, "{adapter}", "--base-model", "{out}/base"), ["out/base: no model there; --base-model takes a model folder"]),
+    "an adapter that nobody knows the prompt of": ((*ANSWER, "{adapter}"), ["adapter: the adapter has no nli.json that holds its prompt", "--prompt-template"]),
+    "no such prompt template": ((*ANSWER, TINY_BASE, "--prompt-template", "{out}/prompt.txt"), ["out/prompt.txt: no such file"]),
+    "a prompt template without a place for the hypothesis": (
+        (*ANSWER, "{adapter}", "--prompt-template", "{no_place.txt}"),
+        ["no_place.txt: the prompt template needs {hypothesis} exactly once, and has it not at all"],
+    ),
+    "a prompt template with BOS": (
+        (*ANSWER, "{adapter}", "--prompt-template", "{with_bos.txt}"),
+        ["with_bos.txt: the prompt template holds <s>: leave it out"],
+    ),
     "inference on a CSV without the columns": (
         ("run_inference", "--model", TINY_BASE, "--data", "{no_columns.csv}"),
         ["no_columns.csv:1: no column hypothesis"],

@@ -23,7 +23,7 @@ BANDS = {
         *("answers", "answer_store", "leases", "desk", "results"),
     },
     "model": {
-        *("tokenization", "model", "checkpoints", "engines", "saving", "preflight", "preflight_report", "watching", "watch_beside"),
+        *("tokenization", "model", "adapter_files", "checkpoints", "engines", "saving", "preflight", "preflight_report", "watching", "watch_beside"),
         *("memory", "attention", "batches", "kernels", "trainer", "tracking", "training", "transformers_engine", "labels"),
         *("slots", "answering", "student", "vllm_engine", "vllm_setup", "vllm_adapters", "vllm_worker", "attempts"),
     },

@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 
 from nli import inference
+from nli.adapter_files import WEIGHTS
+from nli.checkpoints import write_card
 from nli.errors import ConfigError, DataError, ModelError, ResumeError, StorageError
 from nli.evaluation import EvaluatePredictionsConfig
 from nli.evaluation import run as evaluate
@@ -123,7 +125,7 @@ class TestWithRay:
         ]
         assert [row["thought_process"] for row in table] == [f"base: pair {index}" for index in range(150)]
         shown = capsys.readouterr().out
-        assert "inference: run: 150 rows, 0 answered already, 150 to do" in shown
+        assert "inference: run: 150 labelled rows, 0 answered already, 150 to do" in shown
         assert "inference: run: 0 of 150 unparsed, 150 of 150 right (1.000)" in shown
         assert " rows/s, " in shown and "load 0.0 s, rows " in shown
         report = evaluate(EvaluatePredictionsConfig(predictions=(str(path),), output_dir=str(path.parent / "evaluation")))
@@ -186,7 +188,7 @@ class TestWithRay:
         with pytest.raises(ModelError, match=r"The engine transformers cannot work: 3 starts in a row ended before a row was finished.* Its log: /.*\.err on "):
             inference.run(replace(config, num_workers=1))
         fake()
-        check_complete(inference.run(config))
+        check_complete(inference.run(replace(config, compute_dtype="fp32")))  # nothing was made the other way
 
     def test_a_killed_worker_costs_at_most_the_rows_in_its_hands(self, config, fake, asked):
         fake(seconds=0.05)
@@ -209,11 +211,30 @@ class TestWithRay:
         assert len(asked.processes()) == 3
         assert json.loads(path.with_suffix(".json").read_text())["timing"]["worker_deaths"] == 1
 
+    def test_a_killed_desk_costs_at_most_the_rows_in_flight(self, config, fake, asked):
+        import psutil
+
+        fake(seconds=0.05)
+
+        def kill() -> None:
+            asked.wait(40)
+            desks = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] and process.info["cmdline"][0].startswith("ray::Desk")]
+            assert len(desks) == 1
+            desks[0].kill()
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        check_complete(inference.run(config))
+        killer.join()
+        counts = asked.count()
+        assert len(counts) == NUM_ROWS
+        assert sum(count - 1 for count in counts.values()) <= 2 * 13 * 3  # what two workers hold
+
     def test_both_workers_have_their_share(self, config, fake, asked):
-        fake(seconds=0.02)
+        fake(seconds=0.05, load_seconds=2.0)  # both begin before either is ready, as on two GPUs of a machine
         inference.run(config)
         shares = Counter(process for process, _ in asked.lines()).values()
-        assert len(shares) == 2 and min(shares) >= 0.4 * NUM_ROWS
+        assert len(shares) == 2 and min(shares) >= 0.35 * NUM_ROWS
 
     def test_adapters_of_one_base_are_answered_in_one_pass_with_files_of_their_own(self, config, fake, asked, tmp_path):
         for name in ("one", "two"):
@@ -249,10 +270,15 @@ class TestWithRay:
 
 
 def make_adapter(folder: Path) -> None:
-    """A folder that passes for an adapter of the tiny base, as far as it is read before an engine loads it."""
+    """An adapter of the tiny base, by its files: no engine of these tests loads it."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
     folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": TINY_BASE}))
-    (folder / "adapter_model.safetensors").write_bytes(folder.name.encode())
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": TINY_BASE, "r": 4}))
+    part = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    save_file({f"{part}A.weight": np.full((4, 192), len(folder.name), np.float32), f"{part}B.weight": np.ones((192, 4), np.float32)}, folder / WEIGHTS)
+    write_card(folder, TINY_BASE, "nf4", "fp32", 128)
 
 
 @pytest.mark.ray

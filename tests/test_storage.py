@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from nli.errors import DataError, StorageError
-from nli.records import Example, row_key
-from nli.storage import RowFile, dump_line, iterate_jsonl, read_jsonl, resolve_input, resolve_output, sha256_file, write_atomic, write_csv, write_jsonl
+from nli.records import Example
+from nli.storage import dump_line, iterate_jsonl, read_jsonl, resolve_input, resolve_output, sha256_file, write_atomic, write_csv, write_jsonl
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -127,8 +127,6 @@ def test_an_output_whose_folder_is_a_file_is_refused_in_words(here):
     (here / "results").write_text("a file")
     with pytest.raises(StorageError, match=r"results/a\.txt: cannot be written"):
         write_atomic(here / "results/a.txt", "text")
-    with pytest.raises(StorageError, match=r"results/a\.jsonl\.partial: cannot be written"):
-        RowFile(here / "results/a.jsonl").append([example(0)])
 
 
 def test_a_hash_is_of_the_file_s_bytes(here):
@@ -184,83 +182,6 @@ def test_csv_cells_keep_every_character_and_none_is_an_empty_cell(here):
             ["0", 'a "b", c\nd\re\r\n ', "", ""],
             ["1", "  n/a\t", "1", ""],
         ]
-
-
-def test_rows_are_kept_as_they_finish_and_put_in_order_at_the_end(here):
-    rows = RowFile(here / "out/a.jsonl")
-    assert not rows.exists()
-    assert rows.read_finished() == {}
-    rows.append([example(1)])
-    rows.append([example(0), example(2)])
-    assert rows.exists()
-    assert list(rows.read_finished().values()) == [example(1), example(0), example(2)]
-    assert files_in(here / "out") == ["a.jsonl.partial"]
-    rows.finish([example(0), example(1), example(2)])
-    assert files_in(here / "out") == ["a.jsonl"]
-    assert read_jsonl(rows.path, Example) == [example(0), example(1), example(2)]
-    assert sorted(rows.read_finished().values(), key=lambda row: row["id"]) == [example(0), example(1), example(2)]
-
-
-def test_rows_of_the_output_and_of_an_interrupted_rerun_are_joined_and_the_later_one_counts(here):
-    rows = RowFile(here / "a.jsonl")
-    rows.finish([example(0) | {"answer": "old"}, example(1) | {"answer": "old"}])
-    rows.append([example(1) | {"answer": "new"}, example(2) | {"answer": "new"}])
-    assert {key.split(":")[0]: row["answer"] for key, row in rows.read_finished().items()} == {"0": "old", "1": "new", "2": "new"}
-
-
-def test_an_edited_row_is_another_row(here):
-    rows = RowFile(here / "a.jsonl")
-    rows.append([example(0, "Two dogs ran.")])
-    assert row_key(example(0, "Two dogs ran.")) in rows.read_finished()
-    assert row_key(example(0, "Two cats ran.")) not in rows.read_finished()
-
-
-def test_a_line_torn_by_a_kill_is_dropped_wherever_it_was_cut_and_writing_goes_on(here):
-    first, second = dump_line(example(0, "Zwei Hunde – 犬\u2028")).encode(), dump_line(example(1)).encode()
-    for cut in range(len(second)):
-        rows = RowFile(here / f"{cut}.jsonl")
-        rows.partial.write_bytes(first + second[:cut])
-        assert [row["id"] for row in rows.read_finished().values()] == ["0"]
-        rows.append([example(2)])
-        assert [row["id"] for row in rows.read_finished().values()] == ["0", "2"]
-
-
-def test_a_foreign_line_is_named_and_nothing_is_lost(here):
-    rows = RowFile(here / "a.jsonl")
-    text = dump_line(example(0)) + "not a row\n" + dump_line(example(1))
-    rows.partial.write_text(text)
-    with pytest.raises(DataError, match=r"a\.jsonl\.partial:2: not a row of this project"):
-        rows.read_finished()
-    rows.partial.write_text('{"no": "id"}\n' + text)
-    with pytest.raises(DataError, match=r"a\.jsonl\.partial:1: not a row of this project"):
-        rows.read_finished()
-
-
-def test_a_full_disk_while_appending_keeps_the_rows_before(here, monkeypatch):
-    rows = RowFile(here / "a.jsonl")
-    rows.append([example(0)])
-    with monkeypatch.context() as patch:
-        patch.setattr("nli.storage.os.fsync", fail_with(errno.ENOSPC))
-        with pytest.raises(StorageError, match=r"a\.jsonl\.partial: cannot be written \(No space left on device\)\. The rows before are kept"):
-            rows.append([example(1)])
-    assert "0" in [row["id"] for row in rows.read_finished().values()]
-    assert json.loads(rows.partial.read_text().splitlines()[0]) == example(0)
-
-
-def test_finished_rows_that_the_input_lacks_now_are_kept_and_found_again(tmp_path):
-    path = tmp_path / "thoughts.jsonl"
-    first = RowFile(path)
-    first.append([example(0), example(1), example(2)])
-    first.finish([example(0), example(1), example(2)])
-    fewer = RowFile(path)
-    assert len(fewer.read_finished()) == 3
-    fewer.finish([example(1)])
-    assert read_jsonl(path, Example) == [example(1)]
-    again = RowFile(path)
-    assert {row["id"] for row in again.read_finished().values()} == {"0", "1", "2"}
-    again.finish([example(0), example(1), example(2)])
-    assert read_jsonl(path, Example) == [example(0), example(1), example(2)]
-    assert [entry.name for entry in tmp_path.iterdir()] == ["thoughts.jsonl"]
 
 
 def test_rows_before_a_faulty_line_are_given_and_none_after_it(here):
