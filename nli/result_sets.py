@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from nli.adapter_files import find_weights
 from nli.answer_store import AnswerStore
 from nli.checkpoints import describe_model, fingerprint_model, resolve_template
-from nli.errors import ConfigError, DataError, ModelError
+from nli.errors import ConfigError, DataError, ModelError, ResumeError
 from nli.model import check_base
 from nli.prompts import STUDENT_PROMPT_NAME, prompt_sha256
 from nli.runs import Run, is_in_use, read_manifest, start_run
@@ -111,8 +111,11 @@ def open_results(config: "InferenceConfig", stack: contextlib.ExitStack, source:
 def find_interrupted(folder: Path, identity: Mapping, source: Path) -> str | None:
     """The name of an unfinished run of the same model, settings and data in the results folder."""
     for path in sorted(folder.glob("*.manifest.json"), reverse=True):
-        manifest = read_manifest(path)
-        same = manifest is not None and manifest["identity"] == dict(identity) and str(source) in manifest["inputs"]
+        try:
+            manifest = read_manifest(path)
+        except ResumeError:  # another run's, and damaged
+            continue
+        same = manifest is not None and manifest["identity"] == dict(identity) and str(source) in manifest.get("inputs", ())
         if same and manifest["status"] == "running" and not is_in_use(path):
             return path.name.removesuffix(".manifest.json")
     return None

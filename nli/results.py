@@ -39,8 +39,8 @@ class Tally:
         is_parsed = row["parse_status"] == ParseStatus.OK
         self.num_rows += 1
         self.statuses[row["parse_status"]] += 1
-        self.num_forced += row["label_forced"]
-        self.completion_tokens += row["num_completion_tokens"] or 0
+        self.num_forced += row.get("label_forced", False)
+        self.completion_tokens += row.get("num_completion_tokens") or 0
         if row["true_label"] is not None:
             self._truth.append(row["true_label"])
             self._predicted.append(row["predicted_label"] if is_parsed else -1)

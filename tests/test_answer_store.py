@@ -123,10 +123,23 @@ def test_a_finished_output_is_read_in_where_the_store_is_gone(store, tmp_path):
     assert store.find_done(keys) == set(keys[:3])
     assert example(0, ODD) | store.read(keys)[keys[0]] == rows[0]
     again = json.dumps(example(7) | to_answer(FRAME, [said(1)])) + "\n"
-    output.write_text(again + '{"id": "1"}\n')
-    with pytest.raises(DataError, match=r"run\.jsonl:2: not a row of this project"):
-        store.read_in(output)
+    for faulty in ({"id": "1"}, example(8) | {"parse_status": "ok"}, example(8, "\ud800") | to_answer(FRAME, [said(1)])):
+        output.write_text(again + json.dumps(faulty) + "\n")
+        with pytest.raises(DataError, match=r"run\.jsonl:2: not a row of this project"):
+            store.read_in(output)
     assert store.count() == 4
+
+
+def test_columns_of_the_pairs_file_are_not_read_in_so_that_an_edited_one_is_seen(store, tmp_path):
+    output = tmp_path / "run.jsonl"
+    old = {name: value for name, value in to_answer(FRAME, [said(1)]).items() if name not in ("label_forced", "votes")}
+    output.write_text(json.dumps(example(0) | {"phenomenon": "negation"} | old) + "\n")
+    store.read_in(output)
+    with Worklist(tmp_path / "rows.sqlite") as worklist:
+        row = example(0) | {"phenomenon": "none"}
+        worklist.fill([(row, row_key(row).encode())], tmp_path / "in.csv")
+        assert write_answers(worklist, store, output).counts()["correct"] == 1
+    assert read_jsonl(output, Answer)[0]["phenomenon"] == "none"
 
 
 def test_files_are_made_from_rows_and_store_alone(store, tmp_path):
