@@ -15,6 +15,7 @@ precision, prompt, decoding and data. Further adapters of the same base are answ
 """
 
 import contextlib
+import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from nli.answer_store import AnswerStore
-from nli.cluster import check_gpu_choice, connected, finds_cluster, progress_bar, spread
+from nli.cluster import check_gpu_choice, check_workers_fit, connected, finds_cluster, progress_bar, spread
 from nli.config import Count, CountOrZero, NonNegative, config_class
 from nli.desk import start_desk
 from nli.engines import Decoding, EngineName, EngineSettings, Precision, build_engine, choose_engine
@@ -99,6 +100,8 @@ class InferenceConfig:
             raise ConfigError("no_cot lets nothing be written: leave num_samples, temperature, force_label and completion_length_column as they are.")
         if (self.precision, self.engine) in (("fp8", "transformers"), ("fp32", "vllm")):
             raise ConfigError(f"precision {self.precision} is not for engine {self.engine}.")
+        if self.gpu is not None and (self.use_gpu is False or self.num_workers > 1 or self.max_workers > 1):
+            raise ConfigError("gpu picks one GPU of this machine, for one worker: leave use_gpu, num_workers and max_workers as they are.")
         if self.max_workers and self.max_workers < self.num_workers:
             raise ConfigError(f"max_workers {self.max_workers} is below num_workers {self.num_workers}.")
 
@@ -124,8 +127,7 @@ def run(config: InferenceConfig) -> Path:
         base, models = describe_models(config)
         if finds_cluster():
             stack.enter_context(connected(config.gpu))
-        num_gpus = count_gpus(config.use_gpu)
-        device = "cuda:0" if (num_gpus > 0 if config.use_gpu is None else config.use_gpu) else "cpu"
+        device = "cuda:0" if (has_gpus() if config.use_gpu is None else config.use_gpu) else "cpu"
         engine = choose_engine(config.engine, config.precision, device)
         sets = [open_results(config, stack, source, engine, base, model, len(models)) for model in models]
         rows = f"{num_rows} {'labelled' if True in labelled else 'unlabelled'} rows"
@@ -144,26 +146,29 @@ def run(config: InferenceConfig) -> Path:
                 batch_size=config.batch_size,
                 device=device,
             )
-            figures = answer(config, engine, settings, sets, worklist, num_gpus)
+            figures = answer(config, engine, settings, sets, worklist)
         for index, each in enumerate(sets):
             write_results(each, worklist, describe_figures(figures, index, time.monotonic() - started))
     return sets[0].files["jsonl"]
 
 
-def count_gpus(use_gpu: bool | None) -> int:
-    """GPUs of the cluster that this process is in, or of this machine."""
+def has_gpus() -> bool:
+    """Whether the cluster that this process is in, or else this machine, has GPUs."""
     import ray
 
-    if use_gpu is False:
-        return 0
-    return int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else len(list_gpus())
+    if ray.is_initialized():
+        return ray.cluster_resources().get("GPU", 0) > 0
+    return bool(list_gpus()) and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
 
 
-def answer(config: InferenceConfig, engine: str, settings: EngineSettings, sets: Sequence[ResultSet], worklist: Worklist, num_gpus: int) -> dict:
+def answer(config: InferenceConfig, engine: str, settings: EngineSettings, sets: Sequence[ResultSet], worklist: Worklist) -> dict:
     """Have all pending rows answered and stored; returns what the desk and the engines tell of it."""
     import ray
 
+    num_gpus = int(ray.cluster_resources().get("GPU", 0))  # of one machine, perhaps fewer than it has: --gpu and CUDA_VISIBLE_DEVICES choose
     num_workers = config.num_workers or max(1, num_gpus if settings.device != "cpu" else 1)
+    resources = {"CPU": config.cpus_per_worker} | ({} if settings.device == "cpu" else {"GPU": 1})
+    check_workers_fit(num_workers, resources, "inference")
     num_pending = sum(each.num_pending for each in sets)
     size, most_held = plan_ticket(engine, settings, config.num_samples, num_pending)
     desk = start_desk(worklist.path, [each.store.path for each in sets], most_held, [each.target.frame for each in sets])
@@ -181,8 +186,8 @@ def answer(config: InferenceConfig, engine: str, settings: EngineSettings, sets:
         calls_at_once=TICKETS_AT_ONCE,
         batch_size=1,
         label="inference",
-        num_cpus=config.cpus_per_worker,
-        num_gpus=0 if settings.device == "cpu" else 1,
+        num_cpus=resources["CPU"],
+        num_gpus=resources.get("GPU", 0),
     )
     try:
         with progress_bar(num_pending, "inference") as progress:
@@ -200,12 +205,14 @@ def answer(config: InferenceConfig, engine: str, settings: EngineSettings, sets:
 
 def write_results(results: ResultSet, worklist: Worklist, timing: Mapping) -> None:
     """Write a model's files, finish its manifest and say how it went."""
+    record = results.record
     tally = write_answers(worklist, results.store, results.files["jsonl"])
     write_table(results.files["jsonl"])
     counts = tally.counts() | {name: timing[name] for name in ("rows_computed", "seconds", "rows_per_second")}
-    results.record.finish(counts)
-    write_report(results.files["jsonl"], {**results.record.manifest, "metrics": tally.metrics(), "timing": timing})
-    print(summarise(results.name, counts, timing) + f"\n  -> {results.files['jsonl']}", flush=True)
+    record.manifest["attempts"][-1]["seconds"] = timing["seconds"]
+    write_report(results.files["jsonl"], {**record.manifest, "status": "finished", "counts": counts, "metrics": tally.metrics, "timing": timing})
+    record.finish(counts)  # last: a run whose files could not be written is one to go on with
+    print(summarise(results.name, counts, timing, results.cure) + f"\n  -> {results.files['jsonl']}", flush=True)
 
 
 def _noting_labels(rows: Iterable[dict], labelled: set[bool]) -> Iterator[dict]:

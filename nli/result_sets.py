@@ -46,6 +46,8 @@ class ResultSet:
     target: Target
     store: AnswerStore
     record: Run
+    cure: str
+    """what asks its failed rows again"""
     num_pending: int = 0
     files: dict[str, Path] = field(default_factory=dict)
 
@@ -105,7 +107,8 @@ def open_results(config: "InferenceConfig", stack: contextlib.ExitStack, source:
         "precision": config.precision,
         "engine": engine,
     }
-    return ResultSet(stem, Target(adapter, template, frame), store, record, files=files)
+    cure = "the same command asks them again" if config.run_name else f"--run-name {stem} asks them again"
+    return ResultSet(stem, Target(adapter, template, frame), store, record, cure, files=files)
 
 
 def find_interrupted(folder: Path, identity: Mapping, source: Path) -> str | None:

@@ -162,7 +162,7 @@ def test_files_are_made_from_rows_and_store_alone(store, tmp_path):
             "accuracy": None,
             "completion_tokens": 15,
         }
-        assert tally.metrics()["confusion"] == [[1, 0, 0], [1, 0, 1]]
+        assert tally.metrics["confusion"] == [[1, 0, 0], [1, 0, 1]]
         write_report(output, {"status": "finished", "counts": {}})
         assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8")) == {"status": "finished", "counts": {}, "rows": written}
         write_table(output)
@@ -177,7 +177,7 @@ def test_files_are_made_from_rows_and_store_alone(store, tmp_path):
 def test_a_tally_without_labels_has_no_metrics():
     tally = Tally()
     tally.add(example(0, label=None) | to_answer(FRAME, [said(1)]))
-    assert tally.metrics() is None
+    assert tally.metrics is None
     assert tally.counts()["accuracy"] is None
 
 
