@@ -193,11 +193,12 @@ def answer(config: InferenceConfig, engine: str, settings: EngineSettings, sets:
         with progress_bar(num_pending, "inference") as progress:
             for batch in batches:
                 progress.update(sum(ticket["num_rows"] for ticket in batch))
-        figures = ray.get(desk.describe.remote())
-        ray.get(desk.close.remote())
+            figures = ray.get(desk.describe.remote())
+            ray.get(desk.close.remote())
+            left = sum(worklist.list_pending(_finding_done(each.store, since=each.store.started_at), index) for index, each in enumerate(sets))
+            progress.update(num_pending - left - progress.n)  # what the tickets of dead workers were worth
     finally:
         ray.kill(desk)
-    left = sum(worklist.list_pending(_finding_done(each.store, since=each.store.started_at), index) for index, each in enumerate(sets))
     if left:
         raise ClusterError(f"{left} of {num_pending} rows were not answered: the workers ended before. The same command goes on with them.")
     return figures
