@@ -161,8 +161,6 @@ class TestWithRay:
         assert "inference: run: 150 labelled rows, 0 answered already, 150 to do" in shown
         assert "inference: run: 0 of 150 unparsed, 150 of 150 right (1.000)" in shown
         assert " rows/s, " in shown and "load 0.0 s, rows " in shown
-        report = evaluate(EvaluatePredictionsConfig(predictions=(str(path),), output_dir=str(path.parent / "evaluation")))
-        assert report.exists()
 
     def test_a_second_run_asks_nothing_and_an_edited_label_or_row_costs_only_what_is_new(self, config, finished, asked):
         first = finished.read_bytes()
@@ -197,19 +195,19 @@ class TestWithRay:
         assert path.read_bytes() == before
 
     def test_a_row_that_breaks_anything_becomes_a_failed_row_that_the_next_run_asks_again(self, config, fake, asked, capsys):
-        write_pairs(Path(config.data), special={2: "kill", 7: "raise", 9: "half", 149: "dead"})
+        write_pairs(Path(config.data), special={7: "raise", 9: "half", 147: "kill", 149: "dead"})
         fake(seconds=0.002)
         rows = check_complete(inference.run(replace(config, num_workers=1)))
         failed = {row["id"]: row["problem"] for row in rows if row["parse_status"] != "ok"}
-        assert set(failed) == {"2", "7", "9", "149"}
-        assert failed["2"].endswith("with no other: its process ended without a word") and failed["149"].endswith("the device is gone")
+        assert set(failed) == {"7", "9", "147", "149"}
+        assert failed["147"].endswith("with no other: its process ended without a word") and failed["149"].endswith("the device is gone")
         assert failed["7"] == "ValueError: no such token" and failed["9"].endswith("surrogates not allowed")
         assert {name.split()[1] for name in asked.count()} == {str(index) for index in range(NUM_ROWS)} - set(failed)
         assert "4 of 150 unparsed (4 failed; the same command asks them again)" in capsys.readouterr().out
         fake(is_healthy=True)
-        assert {row["parse_status"] for row in check_complete(inference.run(config))} == {"ok"}
+        assert {row["parse_status"] for row in check_complete(inference.run(replace(config, num_workers=1)))} == {"ok"}
         assert "146 answered already, 4 to do" in capsys.readouterr().out
-        assert [asked.count()[name] for name in ("pair 2 kill", "pair 7 raise", "pair 9 half", "pair 149 dead")] == [1, 1, 1, 1]
+        assert [asked.count()[name] for name in ("pair 7 raise", "pair 9 half", "pair 147 kill", "pair 149 dead")] == [1, 1, 1, 1]
 
     def test_an_engine_that_dies_while_it_loads_is_one_clear_error(self, config, fake, asked):
         fake(dies_when_loading=True)
@@ -277,15 +275,21 @@ class TestWithRay:
             assert rows[3]["thought_process"] == f"{name}: pair 3"
             assert json.loads(path.with_name(f"run-{name}.json").read_text())["timing"]["rows_computed"] == NUM_ROWS
         assert len(asked.processes()) == 1
+        both_answers = tuple(str(path.with_name(f"run-{name}.jsonl")) for name in ("one", "two"))
+        evaluated = evaluate(EvaluatePredictionsConfig(predictions=both_answers, output_dir=str(tmp_path / "evaluation"), bootstrap_draws=100))
+        report = json.loads(evaluated.with_name("evaluation.json").read_text())
+        assert [(run["run"], run["n"], run["accuracy"]) for run in report["runs"]] == [("run-one", NUM_ROWS, 1.0), ("run-two", NUM_ROWS, 1.0)]
         path.with_name("run-two.answers.sqlite").unlink()
         path.with_name("run-two.jsonl").unlink()
         path.with_name("run-two.manifest.json").unlink()
-        inference.run(both)
-        assert len(asked.lines()) == 3 * NUM_ROWS
+        with contextlib.ExitStack() as stack:  # of the two, only what is gone is to do again
+            base, models = describe_models(both)
+            again = [open_results(both, stack, Path(config.data), "transformers", base, model, 2) for model in models]
+            assert [each.store.count() for each in again] == [NUM_ROWS, 0]
 
     def test_samples_of_unlabelled_pairs_have_seeds_of_their_own_vote_and_are_as_long_as_a_column_says(self, config, fake, asked):
         write_pairs(Path(config.data), labelled=False, tokens=[index + 1 for index in range(NUM_ROWS)])
-        path = inference.run(replace(config, num_samples=5, temperature=0.7, completion_length_column="tokens"))
+        path = inference.run(replace(config, num_workers=1, num_samples=5, temperature=0.7, completion_length_column="tokens"))
         rows = check_complete(path)
         assert set(asked.count().values()) == {5}
         assert all(sum(row["votes"]) == 5 and row["predicted_label"] == (row["votes"][1] > 2) for row in rows)
