@@ -137,6 +137,8 @@ def summarise(name: str, counts: Mapping, timing: Mapping, cure: str) -> str:
     lines = [f"inference: {name}: {counts['unparsed']} of {counts['rows']} unparsed"]
     if counts["failed"]:
         lines[0] += f" ({counts['failed']} failed; {cure})"
+    if counts["forced"]:
+        lines[0] += f", {counts['forced']} with a label that was forced"
     if counts["labelled"]:
         lines[0] += f", {counts['correct']} of {counts['labelled']} right ({counts['accuracy']:.3f})"
     if timing["rows_computed"]:

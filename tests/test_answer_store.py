@@ -19,7 +19,7 @@ from nli.errors import DataError, StorageError
 from nli.leases import COHORTS, FIRST_ROWS, MOST_STARTS, Leases
 from nli.prompts import render_completion
 from nli.records import Answer, row_key
-from nli.results import Tally, write_answers, write_report, write_table
+from nli.results import Tally, summarise, write_answers, write_report, write_table
 from nli.storage import read_jsonl
 from nli.worklist import Worklist, read_pending_work
 
@@ -172,6 +172,13 @@ def test_files_are_made_from_rows_and_store_alone(store, tmp_path):
         with pytest.raises(StorageError, match="lacks the answer of row '9'"):
             write_answers(worklist, store, output)
     assert read_jsonl(output, Answer) == written
+
+
+def test_the_last_words_on_a_run_say_what_failed_how_that_is_mended_and_what_was_forced():
+    counts = {"rows": 60, "unparsed": 3, "failed": 2, "forced": 40, "labelled": 60, "correct": 30, "accuracy": 0.5}
+    assert summarise("run", counts, {"rows_computed": 0}, "--run-name run asks them again") == (
+        "inference: run: 3 of 60 unparsed (2 failed; --run-name run asks them again), 40 with a label that was forced, 30 of 60 right (0.500)"
+    )
 
 
 def test_a_tally_without_labels_has_no_metrics():
