@@ -3,6 +3,7 @@
 python -m pytest tests/test_answer_store.py
 """
 
+import asyncio
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 
 from nli.answer_store import AnswerStore
 from nli.answers import derive_seed, to_answer, to_failed, vote
+from nli.desk import Desk
 from nli.engines import Generation
 from nli.errors import DataError, StorageError
 from nli.leases import COHORTS, FIRST_ROWS, MOST_STARTS, Leases
@@ -350,3 +352,26 @@ def test_a_start_that_has_ended_gets_no_rows_that_nobody_would_work_on():
 def test_an_engine_that_dies_while_loading_is_not_tried_for_ever():
     leases = Leases(10, most_held=8)
     assert [leases.begin("a", "log") is None for _ in range(5)] == [True, True, True, False, False]
+
+
+def test_a_row_that_was_given_up_while_the_disk_was_full_is_stored_when_there_is_room(store, tmp_path):
+    with Worklist(tmp_path / "rows.sqlite") as worklist:
+        worklist.fill([(example(0), row_key(example(0)).encode())], tmp_path / "in.csv")
+        worklist.list_pending(lambda keys: set())
+        desk = Desk(str(worklist.path), [str(store.path)], most_held=8, started_at=0.0, frames=[FRAME])
+
+        async def die_twice() -> None:
+            for start in ("first", "second"):
+                assert await desk.begin("a", "log", start) is None
+                assert [work.row["id"] for work in await desk.take("a", 8, start)] == ["0"]
+                await desk.bury("a", "the device is gone")
+
+        desk._stores[0]._db.execute("PRAGMA query_only=ON")
+        asyncio.run(die_twice())
+        assert isinstance(asyncio.run(desk.begin("a", "log", "third")), StorageError)
+        assert store.count() == 0
+        desk._stores[0]._db.execute("PRAGMA query_only=OFF")
+        assert asyncio.run(desk.begin("b", "log", "first")) == ""
+        assert store.read([row_key(example(0))])[row_key(example(0))]["problem"].endswith("with no other: the device is gone")
+        assert asyncio.run(desk.describe())["rows"] == [1]
+        asyncio.run(desk.close())
