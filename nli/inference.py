@@ -94,6 +94,12 @@ class InferenceConfig:
     """folder that relative outputs go below; empty: NLI_STORAGE_ROOT or the current folder"""
 
     def __post_init__(self) -> None:
+        if not self.model or not all(self.adapters):
+            raise ConfigError("model or one of the adapters is empty; give a hub name or a folder.")
+        if self.run_name and (Path(self.run_name).name != self.run_name or self.run_name.startswith(".") or "\0" in self.run_name):
+            raise ConfigError(f"run_name {self.run_name!r} is no file name; name the folder by results_dir.")
+        if self.temperature == float("inf"):
+            raise ConfigError("temperature is endless; 0 to 2 is usual.")
         if self.num_samples > 1 and not self.temperature:
             raise ConfigError("num_samples over 1 needs temperature above 0: at 0 all samples are the same.")
         if self.no_cot and (self.num_samples > 1 or self.force_label or self.temperature or self.completion_length_column):
