@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -145,8 +145,10 @@ def spread(
         num_gpus=num_gpus or None,
     )
     first_error = None
-    with progress_bar(len(rows), label, disable=bool(calls_at_once)) as progress:
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+    batches = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
+    # Closed at once, whatever ends the loop: actors that nobody listens to would work on until the iterator happens to be collected.
+    with closing(batches), progress_bar(len(rows), label, disable=bool(calls_at_once)) as progress:
+        for batch in batches:
             results, error = _read_results(batch.column("row").to_pylist())
             progress.update(len(results))
             if results:

@@ -196,7 +196,7 @@ def answer(config: InferenceConfig, engine: str, settings: EngineSettings, sets:
         num_gpus=resources.get("GPU", 0),
     )
     try:
-        with progress_bar(num_pending, "inference") as progress:
+        with contextlib.closing(batches), progress_bar(num_pending, "inference") as progress:
             for batch in batches:
                 progress.update(sum(ticket["num_rows"] for ticket in batch))
             figures = ray.get(desk.describe.remote())

@@ -299,6 +299,7 @@ class TestWithRay:
         assert written["metrics"] is None and written["counts"]["accuracy"] is None
 
     def test_after_an_interrupt_and_a_killed_driver_the_same_command_asks_only_for_what_was_in_flight(self, config, fake, asked):
+        import psutil
         import ray
 
         fake(seconds=0.1)
@@ -307,6 +308,10 @@ class TestWithRay:
         with pytest.raises(KeyboardInterrupt):
             inference.run(config)
         interrupter.join()
+        until = time.monotonic() + 20
+        while any(map(psutil.pid_exists, asked.processes())):  # they do not work on for nobody
+            assert time.monotonic() < until
+            time.sleep(0.05)
         num_first = len(asked.lines())
         settings = {name: getattr(config, name) for name in ("model", "data", "results_dir", *RUN)}
         command = [sys.executable, "-m", "tests.inference_driver", json.dumps(settings), json.dumps({"log": str(asked.path), "seconds": 0.1})]
