@@ -235,7 +235,7 @@ class TestWithRay:
         repeated = sum(count - 1 for count in counts.values())
         assert len(counts) == NUM_ROWS and max(counts.values()) <= 2
         assert repeated <= 8  # what the dead engine had answered and was not stored yet
-        assert len(asked.processes()) == 3
+        assert asked.processes() - set(killed)  # whoever was quicker: the other worker, or the next start of this one
         assert json.loads(path.with_suffix(".json").read_text())["timing"]["worker_deaths"] == 1
 
     def test_a_killed_desk_costs_at_most_the_rows_in_flight(self, config, fake, asked):
