@@ -30,13 +30,14 @@ from nli.parsing import ParseStatus, parse_answer
 from nli.prompts import render_completion
 from nli.tokenization import encode_prompt, load_tokenizer
 from nli.vllm_adapters import describe_adapter, prepare_adapter
-from nli.vllm_setup import OWNER, USUAL_LENGTH, build_arguments, register_classes, set_environment, share_of_memory
+from nli.vllm_setup import OWNER, USUAL_LENGTH, build_arguments, choose_start, register_classes, set_environment, share_of_memory
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
     from vllm.sampling_params import SamplingParams
 
 _CLOSE_SECONDS = 10.0
+_STOP_SECONDS = 2.0  # for vLLM's process to end by itself; what it holds goes back either way
 
 
 class VLLMEngine:
@@ -117,6 +118,7 @@ class VLLMEngine:
         self._longest = arguments["max_model_len"]
         self._batch_size = arguments["max_num_seqs"]
         register_classes(config.architectures or ())
+        choose_start()
         from vllm.lora.request import LoRARequest
 
         self._loras = {
@@ -154,7 +156,7 @@ class VLLMEngine:
     async def _stop(self) -> None:
         await _cancel(self._answers)  # while vLLM can still be told so
         if self._engine is not None:
-            self._engine.shutdown(timeout=_CLOSE_SECONDS)
+            self._engine.shutdown(timeout=_STOP_SECONDS)
         await _cancel(asyncio.all_tasks() - {asyncio.current_task()})
 
     async def _answer(self, request: Request, prompt: list[int]) -> Generation:

@@ -81,12 +81,15 @@ class VLLMProcess:
     def _start(self) -> None:
         mine, theirs = socket.socketpair()
         root = str(Path(__file__).resolve().parents[1])  # the package may be found by this process's path alone
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # whoever asks torch for a GPU does not start CUDA, after which no fork could use it
+        }
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "nli.vllm_child", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": path},
+                env=environment,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # an interrupt from the keyboard is for this process, which then closes
             )

@@ -4,6 +4,7 @@ set_environment()
 build_arguments(settings, adapters=(), longest=32768, memory_share=0.9)  ->  {"model": "mistralai/Mistral-7B-v0.3", "dtype": "bfloat16", "max_num_seqs": 1024}
 """
 
+import glob
 import logging
 import os
 import shutil
@@ -38,6 +39,15 @@ def set_environment() -> None:
     """Set what vLLM reads when it is imported, where the user has not."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+def choose_start() -> None:
+    """Have vLLM start its engine's process by a fork, unless CUDA is in use here, which no fork can take along.
+
+    vLLM looks whether torch uses it. Whatever else does has the driver's memory device open, which asking for a GPU's name or memory does not open.
+    """
+    if any(os.path.realpath(file) == "/dev/nvidia-uvm" for file in glob.glob("/proc/self/fd/*")):
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
 
 
 def register_classes(architectures: Iterable[str]) -> None:

@@ -23,7 +23,7 @@ from nli.prompts import render_completion, render_student_prompt
 from nli.tokenization import encode_prompt, load_tokenizer
 from nli.vllm_adapters import AdapterShape, describe_adapter, prepare_adapter, read_embedding, smallest_rank
 from nli.vllm_engine import VLLMEngine, label_probability
-from nli.vllm_setup import ENVIRONMENT, build_arguments, capture_sizes, register_classes, share_of_memory
+from nli.vllm_setup import ENVIRONMENT, build_arguments, capture_sizes, choose_start, register_classes, share_of_memory
 from tests import vllm_standin
 from tests.conftest import REPOSITORY, TINY_BASE
 
@@ -217,6 +217,17 @@ def test_vllm_is_given_the_models_class_so_that_it_need_not_look_for_it(start, s
     lost = standin.registry.models["LostForCausalLM"]
     register_classes(["LostForCausalLM", "MistralForCausalLM"])
     assert standin.registry.models["LostForCausalLM"] is lost
+
+
+def test_vllm_may_fork_unless_cuda_is_in_use(monkeypatch):
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
+    monkeypatch.setattr("os.path.realpath", lambda file: "/dev/nvidiactl")
+    choose_start()
+    assert "VLLM_WORKER_MULTIPROC_METHOD" not in os.environ
+    monkeypatch.setattr("os.path.realpath", lambda file: "/dev/nvidia-uvm")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
+    choose_start()
+    assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
 
 
 def test_an_adapter_that_vllm_refuses_is_named_at_the_start(start, standin, tmp_path):
