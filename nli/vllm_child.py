@@ -5,6 +5,7 @@
 It never imports Ray and leaves CUDA alone, so that vLLM forks its engine process. When the channel ends, it closes the engine and leaves.
 """
 
+import contextlib
 import functools
 import os
 import socket
@@ -48,17 +49,19 @@ class Server:
         reader.join()
 
     def _read(self) -> None:
+        status = 1
         try:
-            while True:
-                for number, asked in self._channel.receive():
-                    self._take(number, asked)
-        except EOFError:
-            pass
-        try:
+            with contextlib.suppress(EOFError):
+                while True:
+                    for number, asked in self._channel.receive():
+                        self._take(number, asked)
             if self._engine is not None:  # else it is still loading, and nothing is worth waiting for
                 self._engine.close()
+            status = 0
+        except Exception:
+            traceback.print_exc()
         finally:
-            _leave(0)
+            _leave(status)
 
     def _take(self, number: int, asked: Request | str) -> None:
         if not isinstance(asked, Request):  # figures come from the engine's process, between two of its steps

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from contextlib import suppress
 from pathlib import Path
@@ -107,13 +108,18 @@ class VLLMProcess:
 
     def _read(self) -> None:
         """Settle what is answered, until the process is gone."""
-        with suppress(EOFError):
+        try:
             while True:
                 for number, outcome in self._channel.receive():
                     with self._lock:
                         future = self._waiting.pop(number, None)
                     if future is not None:
                         _settle(future, outcome)
+        except EOFError:
+            pass
+        except Exception:  # what cannot be read here will not come again
+            traceback.print_exc()
+            self._process.kill()
         self._channel.finish()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_CLOSE_SECONDS)
