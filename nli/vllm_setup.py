@@ -95,7 +95,6 @@ def build_arguments(settings: EngineSettings, adapters: Sequence[AdapterShape], 
         "scheduling_policy": "priority",  # a row whose text is done reads its label before new rows start, while its blocks are in the cache
         "distributed_executor_backend": "uni",  # one GPU: the engine's process is the worker; inside a Ray actor too
         "worker_extension_cls": "nli.vllm_worker.WorkerExtension",
-        "enable_flashinfer_autotune": settings.precision == "fp8",  # tries out kernels that bf16's and nf4's matrix products do not use
         "disable_log_stats": True,
         "enable_log_requests": False,
         "use_tqdm_on_load": False,

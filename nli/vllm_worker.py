@@ -8,8 +8,6 @@ process outlives an owner that is killed, idle and with the GPU's memory in its 
 one that OWNER names, and ends the process when it is not.
 """
 
-import contextlib
-import importlib
 import os
 import signal
 import threading
@@ -18,7 +16,6 @@ import time
 from nli.vllm_setup import OWNER
 
 _LOOK_SECONDS = 1.0
-_ROUTER_WARMUP = "_warmup_ll_bf16_router_gemm"
 
 
 class WorkerExtension:
@@ -31,17 +28,6 @@ class WorkerExtension:
         return {"peak_memory_gb": torch.cuda.max_memory_reserved() / 1e9, "compile_seconds": float(self.compilation_config.compilation_time)}
 
 
-def skip_router_kernels() -> None:
-    """Take from vLLM's start what no dense model needs: on GPUs of compute capability 9 it compiles kernels for routers of experts, whatever the model.
-
-    A model that has such routers compiles them when it first needs them.
-    """
-    with contextlib.suppress(ImportError):
-        warmup = importlib.import_module("vllm.model_executor.warmup.kernel_warmup")
-        if hasattr(warmup, _ROUTER_WARMUP):
-            setattr(warmup, _ROUTER_WARMUP, lambda: None)
-
-
 def end_with(owner: int) -> None:
     """Kill this process as soon as its parent is not `owner`."""
     while os.getppid() == owner:
@@ -51,4 +37,3 @@ def end_with(owner: int) -> None:
 
 if OWNER in os.environ and int(os.environ[OWNER]) != os.getpid():
     threading.Thread(target=end_with, args=(int(os.environ[OWNER]),), name="owner-watch", daemon=True).start()
-    skip_router_kernels()

@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import time
-import types
 from collections import OrderedDict
 from dataclasses import replace
 
@@ -25,7 +24,6 @@ from nli.tokenization import encode_prompt, load_tokenizer
 from nli.vllm_adapters import AdapterShape, describe_adapter, prepare_adapter, read_embedding, smallest_rank
 from nli.vllm_engine import VLLMEngine, label_probability
 from nli.vllm_setup import ENVIRONMENT, build_arguments, capture_sizes, choose_start, register_classes, share_of_memory
-from nli.vllm_worker import skip_router_kernels
 from tests import vllm_standin
 from tests.conftest import REPOSITORY, TINY_BASE
 
@@ -288,18 +286,6 @@ def test_trained_embeddings_and_other_full_weights_are_refused(tmp_path):
     assert [smallest_rank([rank]) for rank in (1, 4, 32, 100)] == [1, 8, 32, 128]
     with pytest.raises(ModelError, match="rank 1000"):
         smallest_rank([8, 1000])
-
-
-def test_a_start_compiles_no_kernels_for_routers_of_experts(monkeypatch):
-    skip_router_kernels()  # there is no vLLM here
-    warmup = types.ModuleType("vllm.model_executor.warmup.kernel_warmup")
-    for name in ("vllm", "vllm.model_executor", "vllm.model_executor.warmup", warmup.__name__):
-        monkeypatch.setitem(sys.modules, name, warmup)
-    skip_router_kernels()
-    assert not hasattr(warmup, "_warmup_ll_bf16_router_gemm")
-    warmup._warmup_ll_bf16_router_gemm = lambda: 1 / 0
-    skip_router_kernels()
-    assert warmup._warmup_ll_bf16_router_gemm() is None
 
 
 def test_the_engines_process_ends_with_its_killed_owner():

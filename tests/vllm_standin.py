@@ -32,7 +32,7 @@ ARGUMENTS = {
         "max_num_batched_tokens",
     ),
     *("cudagraph_capture_sizes", "gpu_memory_utilization", "enable_prefix_caching", "scheduling_policy", "distributed_executor_backend"),
-    *("enable_flashinfer_autotune", "worker_extension_cls", "disable_log_stats", "enable_log_requests", "use_tqdm_on_load", "device_ids"),
+    *("worker_extension_cls", "disable_log_stats", "enable_log_requests", "use_tqdm_on_load", "device_ids"),
     *("enable_lora", "max_loras", "max_cpu_loras", "max_lora_rank", "lora_target_modules"),
 }
 
