@@ -25,12 +25,8 @@ BANDS = {
     "model": {
         *("tokenization", "model", "adapter_files", "checkpoints", "engines", "saving", "preflight", "preflight_report", "watching", "watch_beside"),
         *("memory", "attention", "batches", "kernels", "trainer", "tracking", "training", "transformers_engine", "labels"),
-<<<<<<< HEAD
         *("slots", "answering", "student", "vllm_engine", "vllm_setup", "vllm_adapters", "vllm_worker", "attempts"),
-=======
-        *("slots", "answering", "student", "vllm_engine", "vllm_setup", "vllm_adapters", "vllm_worker"),
         *("vllm_process", "vllm_child", "channel"),
->>>>>>> w5v2
     },
     "stages": {"thoughts", "reflections", "sft_data", "sft", "sweep", "export", "inference", "evaluation", "account", "data_checks", "pipeline"},
 }
