@@ -19,9 +19,11 @@ from pathlib import Path
 
 from nli.errors import DataError, StorageError
 from nli.parsing import ParseStatus
-from nli.records import Example, row_key
+from nli.records import Answer, Example, row_key
 
 CHUNK = 500  # keys in one statement
+
+_ANSWER_FIELDS = set(Answer.model_fields) - set(Example.model_fields)
 
 Entry = tuple[str, bool, str]  # key, whether it failed, the answer as JSON
 
@@ -112,7 +114,9 @@ class AnswerStore:
 def _read_line(path: Path, number: int, line: str) -> Entry:
     try:
         row = json.loads(line)
-        answer = {name: value for name, value in row.items() if name not in Example.model_fields}
-        return row_key(row), row["parse_status"] == ParseStatus.REQUEST_FAILED, json.dumps(answer, ensure_ascii=False)
+        Answer.model_validate(row)
+        answer = json.dumps({name: value for name, value in row.items() if name in _ANSWER_FIELDS}, ensure_ascii=False)  # other columns are the pair's
+        answer.encode()
+        return row_key(row), row["parse_status"] == ParseStatus.REQUEST_FAILED, answer
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{path}:{number}: not a row of this project; repair or remove the line, and only its row is made again.") from None

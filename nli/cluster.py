@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nli import errors
@@ -65,10 +66,35 @@ def check_gpu_choice(gpu: int | None, use_gpu: bool | None = None) -> None:
             raise ConfigError(
                 "--gpu picks a GPU of this machine and does not work on a cluster, which places the work itself. Leave it out, or leave the cluster."
             )
-    elif not list_gpus():
+        return
+    num_gpus = len(list_gpus())
+    if not num_gpus:
         raise ConfigError(
             "A GPU is asked for and this machine has none that nvidia-smi can see. Join a cluster (RAY_ADDRESS), or use the CPU: --use-gpu False."
         )
+    if gpu is not None and gpu >= num_gpus:
+        raise ConfigError(f"--gpu {gpu}: this machine has {num_gpus} {'GPU' if num_gpus == 1 else 'GPUs'}, counted from 0.")
+
+
+def check_workers_fit(num_workers: int, each: Mapping[str, float], label: str, extra_cpus: float = 0.0) -> None:
+    """Raise ConfigError if the connected cluster has less of something than `num_workers` reserve, for Ray would wait for more without end.
+
+    Whether a cluster grows cannot be asked of Ray. One that is this machine alone does not, unless `ray up` made it (its ~/ray_bootstrap_config.yaml is
+    there) or it runs in Kubernetes. Where it may grow, a line says what is waited for.
+    """
+    import ray
+
+    have = ray.cluster_resources()
+    needed = {name: amount * num_workers + (extra_cpus if name == "CPU" else 0) for name, amount in each.items()}
+    alone = sum(node["Alive"] for node in ray.nodes()) <= 1
+    grows = not alone or Path("~/ray_bootstrap_config.yaml").expanduser().exists() or "KUBERNETES_SERVICE_HOST" in os.environ
+    for name in (name for name, amount in needed.items() if have.get(name, 0) < amount):
+        if not grows:
+            raise ConfigError(
+                f"num_workers {num_workers} need {needed[name]:g} {name}s and the cluster has {have.get(name, 0):g}. "
+                "Take fewer workers (num_workers, cpus_per_worker), or join a larger cluster."
+            )
+        print(f"{label}: waiting for {needed[name]:g} {name}s; the cluster has {have.get(name, 0):g} now", flush=True)
 
 
 def finds_cluster() -> bool:

@@ -8,6 +8,7 @@ It ends with its driver: the next run's driver starts one of its own, on the sam
 in their hands then may be given out twice, and what is stored is not.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -51,17 +52,22 @@ class Desk:
         self._last_at: float | None = None
         self._num_stored = [0] * len(stores)  # since this desk was opened, by target
         self._num_tokens = 0
+        self._given_up: dict[int, str] = {}  # rows with the reason, until that is stored
 
-    async def begin(self, worker: str, log: str, start: str) -> str | None:
+    async def begin(self, worker: str, log: str, start: str) -> str | NLIError | None:
         """`Leases.begin`; a row that was given up becomes a failed row. "" if there is nothing to do."""
         reason = self._leases.begin(worker, log, start)
-        self._store_given_up()
+        try:
+            self._store_given_up()
+        except NLIError as error:
+            return error
         return "" if reason is None and self._leases.is_done else reason
 
     async def bury(self, worker: str, reason: str) -> None:
         """A worker says why it is about to end."""
         self._leases.bury(worker, reason)
-        self._store_given_up()
+        with contextlib.suppress(NLIError):  # whoever stores an answer meets the same error
+            self._store_given_up()
 
     async def take(self, worker: str, most: int, start: str) -> list[Work] | NLIError | None:
         """`Leases.take`, with the rows. Those that are stored already are left out."""
@@ -122,11 +128,13 @@ class Desk:
         return stored
 
     def _store_given_up(self) -> None:
-        given_up = self._leases.pop_given_up()
+        self._given_up |= self._leases.pop_given_up()
+        given_up = dict(self._given_up)
         for item in (Work(*item) for item in read_pending_work(self._worklist, list(given_up))):
             answer = to_failed(self._frames[item.target], given_up[item.number])
             self._stores[item.target].put([(item.key, True, json.dumps(answer, ensure_ascii=False))])
             self._num_stored[item.target] += 1
+            del self._given_up[item.number]
 
 
 def start_desk(worklist: Path, stores: Sequence[Path], most_held: int, frames: Sequence[Mapping]):

@@ -20,6 +20,7 @@ from nli.records import Answer, Reflection, Score
 from nli.storage import summarise_faults
 
 _OWN_COLUMNS = (set(Answer.model_fields) | set(Score.model_fields) | set(Reflection.model_fields)) - {"id", "premise", "hypothesis", "true_label"}
+_PAIR_COLUMNS = {"id", "premise", "hypothesis", "label", "true_label"}
 _COUNT = re.compile("[1-9][0-9]{0,5}")
 _LABELS = {"0": 0, "1": 1, "": None}
 
@@ -43,6 +44,8 @@ def iterate_examples(path: Path, max_rows: int = 0, need_labels: bool = False, c
     _check_header(path, header, need_labels)
     if count_column and count_column not in header:
         raise DataError(f"{path}:1: no column {count_column}; the header is {','.join(header)}.{nearest(count_column, header)}")
+    if count_column in _PAIR_COLUMNS:
+        raise DataError(f"{path}:1: column {count_column} is part of the pair and holds no numbers to go by; name another.")
     label_column = "label" if "label" in header else "true_label"
     faults: list[str] = []
     places = array("q")  # (hash of the id, line) of every row, flat: some bytes a row instead of a dict's hundreds

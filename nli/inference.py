@@ -15,31 +15,26 @@ precision, prompt, decoding and data. Further adapters of the same base are answ
 """
 
 import contextlib
+import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from nli.adapter_files import find_weights
 from nli.answer_store import AnswerStore
-from nli.checkpoints import describe_model, fingerprint_model, resolve_template
-from nli.cluster import check_gpu_choice, connected, finds_cluster, progress_bar, spread
+from nli.cluster import check_gpu_choice, check_workers_fit, connected, finds_cluster, progress_bar, spread
 from nli.config import Count, CountOrZero, NonNegative, config_class
 from nli.desk import start_desk
 from nli.engines import Decoding, EngineName, EngineSettings, Precision, build_engine, choose_engine
-from nli.errors import ClusterError, ConfigError, DataError, ModelError
+from nli.errors import ClusterError, ConfigError
 from nli.examples import iterate_examples
-from nli.model import check_base
-from nli.prompts import STUDENT_PROMPT_NAME, prompt_sha256
 from nli.records import row_key
+from nli.result_sets import ResultSet, describe_models, open_results
 from nli.results import describe_figures, summarise, write_answers, write_report, write_table
-from nli.runs import Run, is_in_use, list_gpus, read_manifest, start_run
-from nli.storage import resolve_input, resolve_output, sha256_file
-from nli.student import TICKETS_AT_ONCE, Asking, Student, Target, plan_ticket
-from nli.tokenization import check_prompt_ids
+from nli.runs import list_gpus
+from nli.storage import resolve_input
+from nli.student import TICKETS_AT_ONCE, Asking, Student, plan_ticket
 from nli.worklist import Worklist
 
 
@@ -99,38 +94,26 @@ class InferenceConfig:
     """folder that relative outputs go below; empty: NLI_STORAGE_ROOT or the current folder"""
 
     def __post_init__(self) -> None:
+        if not self.model or not all(self.adapters):
+            raise ConfigError("model or one of the adapters is empty; give a hub name or a folder.")
+        if self.run_name and (Path(self.run_name).name != self.run_name or self.run_name.startswith(".") or "\0" in self.run_name):
+            raise ConfigError(f"run_name {self.run_name!r} is no file name; name the folder by results_dir.")
+        if self.temperature == float("inf"):
+            raise ConfigError("temperature is endless; 0 to 2 is usual.")
         if self.num_samples > 1 and not self.temperature:
             raise ConfigError("num_samples over 1 needs temperature above 0: at 0 all samples are the same.")
         if self.no_cot and (self.num_samples > 1 or self.force_label or self.temperature or self.completion_length_column):
             raise ConfigError("no_cot lets nothing be written: leave num_samples, temperature, force_label and completion_length_column as they are.")
         if (self.precision, self.engine) in (("fp8", "transformers"), ("fp32", "vllm")):
             raise ConfigError(f"precision {self.precision} is not for engine {self.engine}.")
+        if self.gpu is not None and (self.use_gpu is False or self.num_workers > 1 or self.max_workers > 1):
+            raise ConfigError("gpu picks one GPU of this machine, for one worker: leave use_gpu, num_workers and max_workers as they are.")
         if self.max_workers and self.max_workers < self.num_workers:
             raise ConfigError(f"max_workers {self.max_workers} is below num_workers {self.num_workers}.")
 
     def decoding(self) -> Decoding:
         """How the engine writes answers."""
         return Decoding(self.max_new_tokens, self.temperature, self.no_cot, self.force_label, self.label_probability)
-
-
-class Model(NamedTuple):
-    """One of the models of a run: what its results are called, its adapter's folder, its prompt."""
-
-    name: str
-    adapter: str | None
-    template: str
-
-
-@dataclass
-class ResultSet:
-    """One model of a run with its files."""
-
-    name: str
-    target: Target
-    store: AnswerStore
-    record: Run
-    num_pending: int = 0
-    files: dict[str, Path] = field(default_factory=dict)
 
 
 def run(config: InferenceConfig) -> Path:
@@ -150,8 +133,7 @@ def run(config: InferenceConfig) -> Path:
         base, models = describe_models(config)
         if finds_cluster():
             stack.enter_context(connected(config.gpu))
-        num_gpus = count_gpus(config.use_gpu)
-        device = "cuda:0" if (num_gpus > 0 if config.use_gpu is None else config.use_gpu) else "cpu"
+        device = "cuda:0" if (has_gpus() if config.use_gpu is None else config.use_gpu) else "cpu"
         engine = choose_engine(config.engine, config.precision, device)
         sets = [open_results(config, stack, source, engine, base, model, len(models)) for model in models]
         rows = f"{num_rows} {'labelled' if True in labelled else 'unlabelled'} rows"
@@ -170,84 +152,29 @@ def run(config: InferenceConfig) -> Path:
                 batch_size=config.batch_size,
                 device=device,
             )
-            figures = answer(config, engine, settings, sets, worklist, num_gpus)
+            figures = answer(config, engine, settings, sets, worklist)
         for index, each in enumerate(sets):
             write_results(each, worklist, describe_figures(figures, index, time.monotonic() - started))
     return sets[0].files["jsonl"]
 
 
-def describe_models(config: InferenceConfig) -> tuple[str, list[Model]]:
-    """The base of a run and its models. Raises ModelError if one does not fit, ConfigError if two have one name, DataError if the template is none."""
-    model = _local(config.model, config.storage_root)
-    base, adapter = describe_model(model, config.base_model)
-    check_base(base)
-    template_file = str(resolve_input(config.prompt_template, config.storage_root)) if config.prompt_template else ""
-    models = [Model(_name(model), adapter, resolve_template(adapter or model, template_file))]
-    for path in config.adapters:
-        folder = _local(path, config.storage_root)
-        its_base, its_adapter = describe_model(folder, config.base_model or base)
-        if its_adapter is None:
-            raise ModelError(f"{path}: a model of its own, not an adapter; give it as --model, in a run of its own.")
-        if its_base != base and fingerprint_model(its_base) != fingerprint_model(base):
-            raise ModelError(f"{path}: the adapter's base is {its_base}, not {base}; one pass has one base.")
-        models.append(Model(_name(folder), its_adapter, resolve_template(its_adapter, template_file)))
-    for each in models:
-        check_prompt_ids(base, each.adapter, each.template)
-    names = [each.name for each in models]
-    if repeated := next((name for name in names if names.count(name) > 1), None):
-        raise ConfigError(f"two of the models are called {repeated}, and so would their results be; rename a folder, or answer them in two runs.")
-    return base, models
-
-
-def count_gpus(use_gpu: bool | None) -> int:
-    """GPUs of the cluster that this process is in, or of this machine."""
+def has_gpus() -> bool:
+    """Whether the cluster that this process is in, or else this machine, has GPUs."""
     import ray
 
-    if use_gpu is False:
-        return 0
-    return int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else len(list_gpus())
+    if ray.is_initialized():
+        return ray.cluster_resources().get("GPU", 0) > 0
+    return bool(list_gpus()) and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
 
 
-def open_results(config: InferenceConfig, stack: contextlib.ExitStack, source: Path, engine: str, base: str, model: Model, num_models: int) -> ResultSet:
-    """The result set of one model: named, its manifest checked, its store open."""
-    name, adapter, template = model
-    identity = {
-        "base": fingerprint_model(base),
-        "adapter": sha256_file(find_weights(Path(adapter))) if adapter else None,
-        "precision": config.precision,
-        "compute_dtype": config.compute_dtype,
-        "engine": engine,
-        "prompt_sha256": prompt_sha256(template),
-        **asdict(config.decoding()),
-        "num_samples": config.num_samples,
-        "completion_length_column": config.completion_length_column,
-    }
-    folder = resolve_output(config.results_dir, config.storage_root)
-    named = f"{config.run_name}-{name}" if config.run_name and num_models > 1 else config.run_name
-    stem = named or find_interrupted(folder, identity, source) or name_results(name, config.precision, source)
-    files = {kind: folder / f"{stem}.{kind}" for kind in ("jsonl", "csv", "json", "answers.sqlite", "manifest.json")}
-    store = stack.enter_context(contextlib.closing(AnswerStore(files["answers.sqlite"])))
-    store.check()
-    is_empty = store.count() == 0
-    record = start_run(files["manifest.json"], "inference", identity, config, [source], has_work=files["jsonl"].exists() or not is_empty)
-    stack.enter_context(_stopping_on_error(record))
-    if is_empty and files["jsonl"].exists():
-        store.read_in(files["jsonl"])
-    frame = {
-        "answered_by": name,
-        "prompt_name": STUDENT_PROMPT_NAME,
-        "prompt_sha256": identity["prompt_sha256"],
-        "precision": config.precision,
-        "engine": engine,
-    }
-    return ResultSet(stem, Target(adapter, template, frame), store, record, files=files)
-
-
-def answer(config: InferenceConfig, engine: str, settings: EngineSettings, sets: Sequence[ResultSet], worklist: Worklist, num_gpus: int) -> dict:
+def answer(config: InferenceConfig, engine: str, settings: EngineSettings, sets: Sequence[ResultSet], worklist: Worklist) -> dict:
     """Have all pending rows answered and stored; returns what the desk and the engines tell of it."""
     import ray
 
+    num_gpus = int(ray.cluster_resources().get("GPU", 0))  # of one machine, perhaps fewer than it has: --gpu and CUDA_VISIBLE_DEVICES choose
     num_workers = config.num_workers or max(1, num_gpus if settings.device != "cpu" else 1)
+    resources = {"CPU": config.cpus_per_worker} | ({} if settings.device == "cpu" else {"GPU": 1})
+    check_workers_fit(num_workers, resources, "inference")
     num_pending = sum(each.num_pending for each in sets)
     size, most_held = plan_ticket(engine, settings, config.num_samples, num_pending)
     desk = start_desk(worklist.path, [each.store.path for each in sets], most_held, [each.target.frame for each in sets])
@@ -265,18 +192,19 @@ def answer(config: InferenceConfig, engine: str, settings: EngineSettings, sets:
         calls_at_once=TICKETS_AT_ONCE,
         batch_size=1,
         label="inference",
-        num_cpus=config.cpus_per_worker,
-        num_gpus=0 if settings.device == "cpu" else 1,
+        num_cpus=resources["CPU"],
+        num_gpus=resources.get("GPU", 0),
     )
     try:
         with progress_bar(num_pending, "inference") as progress:
             for batch in batches:
                 progress.update(sum(ticket["num_rows"] for ticket in batch))
-        figures = ray.get(desk.describe.remote())
-        ray.get(desk.close.remote())
+            figures = ray.get(desk.describe.remote())
+            ray.get(desk.close.remote())
+            left = sum(worklist.list_pending(_finding_done(each.store, since=each.store.started_at), index) for index, each in enumerate(sets))
+            progress.update(num_pending - left - progress.n)  # what the tickets of dead workers were worth
     finally:
         ray.kill(desk)
-    left = sum(worklist.list_pending(_finding_done(each.store, since=each.store.started_at), index) for index, each in enumerate(sets))
     if left:
         raise ClusterError(f"{left} of {num_pending} rows were not answered: the workers ended before. The same command goes on with them.")
     return figures
@@ -284,54 +212,20 @@ def answer(config: InferenceConfig, engine: str, settings: EngineSettings, sets:
 
 def write_results(results: ResultSet, worklist: Worklist, timing: Mapping) -> None:
     """Write a model's files, finish its manifest and say how it went."""
+    record = results.record
     tally = write_answers(worklist, results.store, results.files["jsonl"])
     write_table(results.files["jsonl"])
     counts = tally.counts() | {name: timing[name] for name in ("rows_computed", "seconds", "rows_per_second")}
-    results.record.finish(counts)
-    write_report(results.files["jsonl"], {**results.record.manifest, "metrics": tally.metrics(), "timing": timing})
-    print(summarise(results.name, counts, timing) + f"\n  -> {results.files['jsonl']}", flush=True)
-
-
-def find_interrupted(folder: Path, identity: Mapping, source: Path) -> str | None:
-    """The name of an unfinished run of the same model, settings and data in the results folder."""
-    for path in sorted(folder.glob("*.manifest.json"), reverse=True):
-        manifest = read_manifest(path)
-        same = manifest is not None and manifest["identity"] == dict(identity) and str(source) in manifest["inputs"]
-        if same and manifest["status"] == "running" and not is_in_use(path):
-            return path.name.removesuffix(".manifest.json")
-    return None
-
-
-def name_results(model: str, precision: str, source: Path) -> str:
-    """{model}-{precision}-{dataset}-{timestamp}, a checkpoint with its run's name."""
-    return f"{model}-{precision}-{source.stem}-{datetime.now(UTC).strftime('%Y%m%d_%H%M%S')}"
+    record.manifest["attempts"][-1]["seconds"] = timing["seconds"]
+    write_report(results.files["jsonl"], {**record.manifest, "status": "finished", "counts": counts, "metrics": tally.metrics, "timing": timing})
+    record.finish(counts)  # last: a run whose files could not be written is one to go on with
+    print(summarise(results.name, counts, timing, results.cure) + f"\n  -> {results.files['jsonl']}", flush=True)
 
 
 def _noting_labels(rows: Iterable[dict], labelled: set[bool]) -> Iterator[dict]:
     for row in rows:
         labelled.add(row["true_label"] is not None)
         yield row
-
-
-@contextlib.contextmanager
-def _stopping_on_error(record: Run) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        record.stop(record.manifest["counts"])
-        raise
-
-
-def _name(model: str) -> str:
-    folder = Path(model)
-    return f"{folder.parent.name}-{folder.name}" if folder.name.startswith("checkpoint-") else folder.name
-
-
-def _local(model: str, storage_root: str) -> str:
-    try:
-        return str(resolve_input(model, storage_root))
-    except DataError:
-        return model
 
 
 def _finding_done(store: AnswerStore, since: float | None = None):

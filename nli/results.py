@@ -9,6 +9,7 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 
 from nli.answer_store import AnswerStore
@@ -39,12 +40,13 @@ class Tally:
         is_parsed = row["parse_status"] == ParseStatus.OK
         self.num_rows += 1
         self.statuses[row["parse_status"]] += 1
-        self.num_forced += row["label_forced"]
-        self.completion_tokens += row["num_completion_tokens"] or 0
+        self.num_forced += row.get("label_forced", False)
+        self.completion_tokens += row.get("num_completion_tokens") or 0
         if row["true_label"] is not None:
             self._truth.append(row["true_label"])
             self._predicted.append(row["predicted_label"] if is_parsed else -1)
 
+    @cached_property
     def metrics(self) -> dict | None:
         """`nli.metrics.score_answers` with its defaults of evaluation; None without labelled rows."""
         import numpy as np
@@ -58,7 +60,7 @@ class Tally:
 
     def counts(self) -> dict:
         """Rows, unparsed rows first, accuracy over all labelled rows, tokens."""
-        metrics = self.metrics()
+        metrics = self.metrics
         return {
             "rows": self.num_rows,
             "unparsed": self.num_rows - self.statuses[ParseStatus.OK],
@@ -130,11 +132,13 @@ def describe_figures(figures: Mapping, target: int, seconds: float) -> dict:
     }
 
 
-def summarise(name: str, counts: Mapping, timing: Mapping) -> str:
-    """The console's last words on a model: unparsed rows first, accuracy, speed, memory, and where the seconds went."""
+def summarise(name: str, counts: Mapping, timing: Mapping, cure: str) -> str:
+    """The console's last words on a model: unparsed rows first, accuracy, speed, memory, and where the seconds went. `cure` is what helps failed rows."""
     lines = [f"inference: {name}: {counts['unparsed']} of {counts['rows']} unparsed"]
     if counts["failed"]:
-        lines[0] += f" ({counts['failed']} failed; the same command asks them again)"
+        lines[0] += f" ({counts['failed']} failed; {cure})"
+    if counts["forced"]:
+        lines[0] += f", {counts['forced']} with a label that was forced"
     if counts["labelled"]:
         lines[0] += f", {counts['correct']} of {counts['labelled']} right ({counts['accuracy']:.3f})"
     if timing["rows_computed"]:

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from nli import preflight, tokenization
 from nli.checkpoints import fingerprint_model, fingerprint_tokenizer, has_work
-from nli.cluster import check_gpu_choice, connected, own_error, quiet_ray_data
+from nli.cluster import check_gpu_choice, check_workers_fit, connected, own_error, quiet_ray_data
 from nli.config import as_dict
-from nli.errors import ConfigError, ResumeError, StorageError
+from nli.errors import ResumeError, StorageError
 from nli.model import check_base
 from nli.preflight import Splits, check_splits, describe_overlong, find_token_faults, list_items, raise_faults, read_splits, tokenise_batch, tokenise_here
 from nli.preflight_report import check_disk, describe_run, wants_colour
@@ -110,29 +110,8 @@ def check_folder(plan: FitPlan) -> None:
 
 
 def check_room(config: TrainConfig, use_gpu: bool, extra_cpus: float = 0.0) -> None:
-    """Raise ConfigError if the connected cluster has less CPUs or GPUs than the workers reserve, for Ray would wait for more without end.
-
-    Whether a cluster grows cannot be asked of Ray. One that is this machine alone does not, unless `ray up` made it (its ~/ray_bootstrap_config.yaml is
-    there) or it runs in Kubernetes. Where it may grow, a line says what is waited for. `extra_cpus` is what the caller reserves beside the workers.
-    """
-    import ray
-
-    have = ray.cluster_resources()
-    needed = {name: amount * config.num_workers for name, amount in worker_resources(config, use_gpu).items()}
-    needed["CPU"] += extra_cpus
-    short = [name for name, amount in needed.items() if have.get(name, 0) < amount]
-    if not short:
-        return
-    alone = sum(node["Alive"] for node in ray.nodes()) <= 1
-    grows = not alone or Path("~/ray_bootstrap_config.yaml").expanduser().exists() or "KUBERNETES_SERVICE_HOST" in os.environ
-    for name in short:
-        if grows:
-            print(f"sft: waiting for {needed[name]:g} {name}s; the cluster has {have.get(name, 0):g} now", flush=True)
-        else:
-            raise ConfigError(
-                f"num_workers {config.num_workers} need {needed[name]:g} {name}s and the cluster has {have.get(name, 0):g}. "
-                "Take fewer workers (num_workers, cpus_per_worker), or join a larger cluster."
-            )
+    """`check_workers_fit` for the workers of a training. `extra_cpus` is what the caller reserves beside them."""
+    check_workers_fit(config.num_workers, worker_resources(config, use_gpu), "sft", extra_cpus)
 
 
 def show_preflight(plan: FitPlan) -> None:

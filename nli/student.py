@@ -63,7 +63,7 @@ class Student:
         self._desk, self._asking = desk, asking
         self._worker = ray.get_runtime_context().get_actor_id()
         self._start = f"{os.getpid()} at {time.time()}"
-        reason = ray.get(desk.begin.remote(self._worker, describe_log(), self._start))
+        reason = _unwrap(ray.get(desk.begin.remote(self._worker, describe_log(), self._start)))
         if reason:
             raise ModelError(f"The engine {engine_name} cannot work: {reason}")
         self._engine = None
@@ -79,6 +79,7 @@ class Student:
         self._puts = Gatherer(self._put, PUT_SECONDS)
         self._tickets: deque[_Ticket] = deque()
         self._num_running = 0
+        self._is_dying = False
         self._tasks: set[asyncio.Task] = set()
         self._feeder: asyncio.Task | None = None
         self._changed = asyncio.Event()
@@ -127,13 +128,15 @@ class Student:
         target = self._asking.targets[work.target]
         try:
             answer = to_answer(target.frame, await asyncio.gather(*[self._generate(request) for request in self._render(work, target)]))
+            text = _dump(answer)
         except EngineDead as error:
             await self._die(str(error))
         except Exception as error:  # a row that breaks the engine's code is a failed row
-            answer = to_failed(target.frame, f"{type(error).__name__}: {error}")
+            answer = to_failed(target.frame, f"{type(error).__name__}: {error}".encode(errors="replace").decode())
+            text = _dump(answer)
         failed = answer["parse_status"] == "request_failed"
         try:
-            await self._puts.submit((work.number, work.target, work.key, failed, answer["num_completion_tokens"] or 0, json.dumps(answer, ensure_ascii=False)))
+            await self._puts.submit((work.number, work.target, work.key, failed, answer["num_completion_tokens"] or 0, text))
         except Exception as error:
             self._end_tickets(error)
         self._num_running -= 1
@@ -160,10 +163,15 @@ class Student:
 
     async def _die(self, reason: str) -> None:
         """End this process, so that Ray starts a new one with an engine that works."""
+        if self._is_dying:  # every row in the engine's hands learns of it
+            await asyncio.Event().wait()
+        self._is_dying = True
         print(f"inference: the engine is dead ({reason}); this worker starts again", flush=True)
-        await asyncio.sleep(3 * PUT_SECONDS)  # what is finished is stored
-        await self._desk.bury.remote(self._worker, reason)
-        os._exit(1)
+        try:
+            await asyncio.sleep(3 * PUT_SECONDS)  # what is finished is stored
+            await self._desk.bury.remote(self._worker, reason)
+        finally:
+            os._exit(1)
 
     def _end_tickets(self, error: Exception | None = None) -> None:
         while self._tickets:
@@ -192,6 +200,13 @@ def describe_log() -> str:
 
     folder = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
     return f"{folder}/worker-{ray.get_runtime_context().get_worker_id()}-*.err on {platform.node()}"
+
+
+def _dump(answer: Mapping) -> str:
+    """An answer as JSON. Raises ValueError if it holds half of a surrogate pair, which can be stored nowhere."""
+    text = json.dumps(answer, ensure_ascii=False)
+    text.encode()
+    return text
 
 
 def _unwrap(answer):

@@ -2,7 +2,8 @@
 
     monkeypatch.setattr("nli.inference.build_engine", functools.partial(build_fake_engine, FakeSettings(log="asked.txt", seconds=0.05)))
 
-What a row's premise holds decides what becomes of it: "raise" breaks the request, "kill" ends the process, "dead" ends the engine.
+What a row's premise holds decides what becomes of it: "raise" breaks the request, "kill" ends the process, "dead" ends the engine,
+and "half" is answered by half of a surrogate pair. A healthy engine answers them all.
 """
 
 import os
@@ -26,6 +27,7 @@ class FakeSettings:
     at_once: int = 8
     dies_when_loading: bool = False
     load_seconds: float = 0.0
+    is_healthy: bool = False
 
 
 class FakeEngine:
@@ -44,13 +46,16 @@ class FakeEngine:
 
     def _answer(self, request: Request) -> Generation:
         premise = request.prompt.split("Premise: ")[1].split("\nHypothesis: ")[0]
-        if "kill" in premise:
+        fault = "" if self._fake.is_healthy else premise
+        if "kill" in fault:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(self._fake.seconds)
-        if "dead" in premise:
+        if "dead" in fault:
             raise EngineDead("the device is gone")
-        if "raise" in premise:
+        if "raise" in fault:
             raise ValueError("no such token")
+        if "half" in fault:
+            return Generation("\ud800", "stop", len(request.prompt), 1)
         if self._fake.log:
             with self._lock, open(self._fake.log, "a", encoding="utf-8") as file:
                 file.write(f"{os.getpid()} {premise}\n")

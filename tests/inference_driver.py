@@ -5,12 +5,17 @@ python -m tests.inference_driver '{"model": …, "data": …}' '{"log": …, "se
 
 import functools
 import json
-import sys
 
 from nli import inference
+from nli.config import start_job
 from nli.inference import InferenceConfig
 from tests.fake_engine import FakeSettings, build_fake_engine
 
+
+def main(argv: list[str]) -> None:
+    inference.build_engine = functools.partial(build_fake_engine, FakeSettings(**json.loads(argv[1])))
+    inference.run(InferenceConfig(**json.loads(argv[0])))
+
+
 if __name__ == "__main__":
-    inference.build_engine = functools.partial(build_fake_engine, FakeSettings(**json.loads(sys.argv[2])))
-    inference.run(InferenceConfig(**json.loads(sys.argv[1])))
+    start_job(main)

@@ -3,6 +3,7 @@
 python -m pytest tests/test_answer_store.py
 """
 
+import asyncio
 import json
 import os
 import signal
@@ -14,12 +15,13 @@ import pytest
 
 from nli.answer_store import AnswerStore
 from nli.answers import derive_seed, to_answer, to_failed, vote
+from nli.desk import Desk
 from nli.engines import Generation
 from nli.errors import DataError, StorageError
 from nli.leases import COHORTS, FIRST_ROWS, MOST_STARTS, Leases
 from nli.prompts import render_completion
 from nli.records import Answer, row_key
-from nli.results import Tally, write_answers, write_report, write_table
+from nli.results import Tally, summarise, write_answers, write_report, write_table
 from nli.storage import read_jsonl
 from nli.worklist import Worklist, read_pending_work
 
@@ -123,10 +125,23 @@ def test_a_finished_output_is_read_in_where_the_store_is_gone(store, tmp_path):
     assert store.find_done(keys) == set(keys[:3])
     assert example(0, ODD) | store.read(keys)[keys[0]] == rows[0]
     again = json.dumps(example(7) | to_answer(FRAME, [said(1)])) + "\n"
-    output.write_text(again + '{"id": "1"}\n')
-    with pytest.raises(DataError, match=r"run\.jsonl:2: not a row of this project"):
-        store.read_in(output)
+    for faulty in ({"id": "1"}, example(8) | {"parse_status": "ok"}, example(8, "\ud800") | to_answer(FRAME, [said(1)])):
+        output.write_text(again + json.dumps(faulty) + "\n")
+        with pytest.raises(DataError, match=r"run\.jsonl:2: not a row of this project"):
+            store.read_in(output)
     assert store.count() == 4
+
+
+def test_columns_of_the_pairs_file_are_not_read_in_so_that_an_edited_one_is_seen(store, tmp_path):
+    output = tmp_path / "run.jsonl"
+    old = {name: value for name, value in to_answer(FRAME, [said(1)]).items() if name not in ("label_forced", "votes")}
+    output.write_text(json.dumps(example(0) | {"phenomenon": "negation"} | old) + "\n")
+    store.read_in(output)
+    with Worklist(tmp_path / "rows.sqlite") as worklist:
+        row = example(0) | {"phenomenon": "none"}
+        worklist.fill([(row, row_key(row).encode())], tmp_path / "in.csv")
+        assert write_answers(worklist, store, output).counts()["correct"] == 1
+    assert read_jsonl(output, Answer)[0]["phenomenon"] == "none"
 
 
 def test_files_are_made_from_rows_and_store_alone(store, tmp_path):
@@ -149,7 +164,7 @@ def test_files_are_made_from_rows_and_store_alone(store, tmp_path):
             "accuracy": None,
             "completion_tokens": 15,
         }
-        assert tally.metrics()["confusion"] == [[1, 0, 0], [1, 0, 1]]
+        assert tally.metrics["confusion"] == [[1, 0, 0], [1, 0, 1]]
         write_report(output, {"status": "finished", "counts": {}})
         assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8")) == {"status": "finished", "counts": {}, "rows": written}
         write_table(output)
@@ -161,10 +176,17 @@ def test_files_are_made_from_rows_and_store_alone(store, tmp_path):
     assert read_jsonl(output, Answer) == written
 
 
+def test_the_last_words_on_a_run_say_what_failed_how_that_is_mended_and_what_was_forced():
+    counts = {"rows": 60, "unparsed": 3, "failed": 2, "forced": 40, "labelled": 60, "correct": 30, "accuracy": 0.5}
+    assert summarise("run", counts, {"rows_computed": 0}, "--run-name run asks them again") == (
+        "inference: run: 3 of 60 unparsed (2 failed; --run-name run asks them again), 40 with a label that was forced, 30 of 60 right (0.500)"
+    )
+
+
 def test_a_tally_without_labels_has_no_metrics():
     tally = Tally()
     tally.add(example(0, label=None) | to_answer(FRAME, [said(1)]))
-    assert tally.metrics() is None
+    assert tally.metrics is None
     assert tally.counts()["accuracy"] is None
 
 
@@ -330,3 +352,26 @@ def test_a_start_that_has_ended_gets_no_rows_that_nobody_would_work_on():
 def test_an_engine_that_dies_while_loading_is_not_tried_for_ever():
     leases = Leases(10, most_held=8)
     assert [leases.begin("a", "log") is None for _ in range(5)] == [True, True, True, False, False]
+
+
+def test_a_row_that_was_given_up_while_the_disk_was_full_is_stored_when_there_is_room(store, tmp_path):
+    with Worklist(tmp_path / "rows.sqlite") as worklist:
+        worklist.fill([(example(0), row_key(example(0)).encode())], tmp_path / "in.csv")
+        worklist.list_pending(lambda keys: set())
+        desk = Desk(str(worklist.path), [str(store.path)], most_held=8, started_at=0.0, frames=[FRAME])
+
+        async def die_twice() -> None:
+            for start in ("first", "second"):
+                assert await desk.begin("a", "log", start) is None
+                assert [work.row["id"] for work in await desk.take("a", 8, start)] == ["0"]
+                await desk.bury("a", "the device is gone")
+
+        desk._stores[0]._db.execute("PRAGMA query_only=ON")
+        asyncio.run(die_twice())
+        assert isinstance(asyncio.run(desk.begin("a", "log", "third")), StorageError)
+        assert store.count() == 0
+        desk._stores[0]._db.execute("PRAGMA query_only=OFF")
+        assert asyncio.run(desk.begin("b", "log", "first")) == ""
+        assert store.read([row_key(example(0))])[row_key(example(0))]["problem"].endswith("with no other: the device is gone")
+        assert asyncio.run(desk.describe())["rows"] == [1]
+        asyncio.run(desk.close())

@@ -186,6 +186,13 @@ def test_a_header_that_does_not_fit_is_refused(refusal, text, message):
     assert refusal(text).startswith(message)
 
 
+@pytest.mark.parametrize("column", ["id", "premise", "hypothesis", "label"])
+def test_a_column_of_lengths_that_is_part_of_the_pair_is_refused(pairs, column):
+    write(pairs, "id,premise,hypothesis,label\n7,8,9,1\n")
+    with pytest.raises(DataError, match=f"pairs.csv:1: column {column} is part of the pair and holds no numbers to go by"):
+        list(iterate_examples(pairs, count_column=column))
+
+
 @pytest.mark.parametrize("label", ["2", "-1", "0.5", "1.0", "entailment", "yes", "true", "nan", "n/a", "٠"])
 def test_an_unknown_label_is_refused_with_its_line(refusal, label):
     message = refusal(f"premise,hypothesis,label\na,b,1\nc,d,{label}\n")

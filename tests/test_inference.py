@@ -3,10 +3,14 @@
 python -m pytest tests/test_inference.py
 """
 
+import asyncio
+import contextlib
 import csv
 import functools
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,21 +19,29 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from nli import inference
 from nli.adapter_files import WEIGHTS
+from nli.answers import to_failed
 from nli.checkpoints import write_card
 from nli.errors import ConfigError, DataError, ModelError, ResumeError, StorageError
 from nli.evaluation import EvaluatePredictionsConfig
 from nli.evaluation import run as evaluate
 from nli.inference import InferenceConfig
+from nli.records import row_key
+from nli.result_sets import describe_models, find_interrupted, open_results
+from nli.results import describe_figures
+from nli.student import Student
+from nli.worklist import Worklist
 from tests.conftest import REPOSITORY, TINY_BASE
 from tests.fake_engine import FakeSettings, build_fake_engine
 
 needs_ray = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 NUM_ROWS = 150
+RUN = {"run_name": "run", "use_gpu": False, "num_workers": 2, "batch_size": 8}
 
 
 class Asked:
@@ -75,8 +87,29 @@ def fake(monkeypatch, asked):
 def config(tmp_path) -> InferenceConfig:
     """A run of 150 labelled rows by two workers that hold some 50 rows each."""
     write_pairs(tmp_path / "pairs.csv")
-    results = {"results_dir": str(tmp_path / "results"), "run_name": "run"}
-    return InferenceConfig(model=TINY_BASE, data=str(tmp_path / "pairs.csv"), use_gpu=False, num_workers=2, batch_size=8, **results)
+    return InferenceConfig(model=TINY_BASE, data=str(tmp_path / "pairs.csv"), results_dir=str(tmp_path / "results"), **RUN)
+
+
+@pytest.fixture(scope="class")
+def finished_once(tmp_path_factory, ray_cluster) -> tuple[InferenceConfig, str]:
+    """A run that is finished, made once for all tests that look at it or go on from it, and what it said."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_pairs(folder / "pairs.csv")
+    config = InferenceConfig(model=TINY_BASE, data=str(folder / "pairs.csv"), results_dir=str(folder / "results"), **RUN)
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(inference, "build_engine", functools.partial(build_fake_engine, FakeSettings(log=str(folder / "asked.txt"))))
+        inference.run(config)
+    return config, said.getvalue()
+
+
+@pytest.fixture
+def finished(finished_once, config, asked, fake) -> Path:
+    """The JSON Lines of a copy of that run: of this test's config."""
+    source = Path(finished_once[0].results_dir)
+    shutil.copytree(source, config.results_dir)
+    shutil.copy(source.parent / "asked.txt", asked.path)
+    return Path(config.results_dir) / "run.jsonl"
 
 
 def write_pairs(path: Path, special: dict[int, str] | None = None, labelled: bool = True, **columns: list) -> None:
@@ -102,12 +135,13 @@ def check_complete(path: Path) -> list[dict]:
 class TestWithRay:
     pytestmark = needs_ray
 
-    def test_the_files_hold_configuration_metrics_timing_and_every_row(self, config, fake, asked, capsys):
-        path = inference.run(config)
+    def test_the_files_hold_configuration_metrics_timing_and_every_row(self, finished_once, finished, asked):
+        path, shown = finished, finished_once[1]
         rows = check_complete(path)
         assert asked.count().most_common(1)[0][1] == 1
         written = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         assert written["rows"] == rows
+        assert written["status"] == "finished" and written["counts"] == json.loads(path.with_name("run.manifest.json").read_text())["counts"]
         assert written["config"]["precision"] == "nf4" and written["identity"]["engine"] == "transformers"
         assert (written["counts"]["rows"], written["counts"]["unparsed"], written["counts"]["accuracy"]) == (150, 0, 1.0)
         assert written["metrics"]["macro_f1"] == 1.0 and written["metrics"]["parsed_accuracy"] == 1.0
@@ -124,15 +158,12 @@ class TestWithRay:
             *("parse_status", "num_prompt_tokens", "num_completion_tokens"),
         ]
         assert [row["thought_process"] for row in table] == [f"base: pair {index}" for index in range(150)]
-        shown = capsys.readouterr().out
         assert "inference: run: 150 labelled rows, 0 answered already, 150 to do" in shown
         assert "inference: run: 0 of 150 unparsed, 150 of 150 right (1.000)" in shown
         assert " rows/s, " in shown and "load 0.0 s, rows " in shown
-        report = evaluate(EvaluatePredictionsConfig(predictions=(str(path),), output_dir=str(path.parent / "evaluation")))
-        assert report.exists()
 
-    def test_a_second_run_asks_nothing_and_an_edited_label_or_row_costs_only_what_is_new(self, config, fake, asked, capsys):
-        first = inference.run(config).read_bytes()
+    def test_a_second_run_asks_nothing_and_an_edited_label_or_row_costs_only_what_is_new(self, config, finished, asked):
+        first = finished.read_bytes()
         assert inference.run(config).read_bytes() == first
         assert len(asked.lines()) == 150
         source = Path(config.data)
@@ -141,9 +172,8 @@ class TestWithRay:
         assert (rows[3]["true_label"], rows[4]["thought_process"]) == (1, "base: another 4")
         assert len(asked.lines()) == 151
 
-    def test_without_its_store_a_finished_output_is_read_in_and_nothing_is_asked_again(self, config, fake, asked):
-        path = inference.run(config)
-        first = path.read_bytes()
+    def test_without_its_store_a_finished_output_is_read_in_and_nothing_is_asked_again(self, config, finished, asked):
+        path, first = finished, finished.read_bytes()
         path.with_name("run.answers.sqlite").unlink()
         assert inference.run(config).read_bytes() == first
         assert len(asked.lines()) == 150
@@ -152,9 +182,8 @@ class TestWithRay:
             inference.run(config)
         assert path.read_bytes() == first
 
-    def test_another_model_precision_prompt_or_decoding_is_refused_for_the_same_name(self, config, fake):
-        path = inference.run(replace(config, max_rows=4))
-        before = path.read_bytes()
+    def test_another_model_precision_prompt_or_decoding_is_refused_for_the_same_name(self, config, finished):
+        path, before = finished, finished.read_bytes()
         for change, message in (
             ({"precision": "bf16"}, "precision: 'nf4' -> 'bf16'"),
             ({"temperature": 0.5}, "temperature: 0.0 -> 0.5"),
@@ -165,30 +194,28 @@ class TestWithRay:
                 inference.run(replace(config, **change))
         assert path.read_bytes() == before
 
-    def test_a_row_that_raises_becomes_a_failed_row_that_the_next_run_asks_again(self, config, fake, asked, capsys):
-        write_pairs(Path(config.data), special={7: "raise"})
-        rows = check_complete(inference.run(config))
-        assert [(row["id"], row["problem"]) for row in rows if row["parse_status"] != "ok"] == [("7", "ValueError: no such token")]
-        assert "1 of 150 unparsed (1 failed; the same command asks them again)" in capsys.readouterr().out
-        inference.run(config)
-        assert "149 answered already, 1 to do" in capsys.readouterr().out
-        assert len(asked.lines()) == 149
-
-    def test_a_row_that_ends_its_process_or_its_engine_becomes_a_failed_row_and_all_others_are_answered(self, config, fake, asked):
-        write_pairs(Path(config.data), special={2: "kill", 149: "dead"})
+    def test_a_row_that_breaks_anything_becomes_a_failed_row_that_the_next_run_asks_again(self, config, fake, asked, capsys):
+        write_pairs(Path(config.data), special={7: "raise", 9: "half", 147: "kill", 149: "dead"})
         fake(seconds=0.002)
         rows = check_complete(inference.run(replace(config, num_workers=1)))
         failed = {row["id"]: row["problem"] for row in rows if row["parse_status"] != "ok"}
-        assert set(failed) == {"2", "149"}
-        assert failed["2"].endswith("with no other: its process ended without a word") and failed["149"].endswith("the device is gone")
-        assert set(asked.count()) == {f"pair {index}" for index in range(NUM_ROWS)} - {"pair 2", "pair 149"}
+        assert set(failed) == {"7", "9", "147", "149"}
+        assert failed["147"].endswith("with no other: its process ended without a word") and failed["149"].endswith("the device is gone")
+        assert failed["7"] == "ValueError: no such token" and failed["9"].endswith("surrogates not allowed")
+        assert {name.split()[1] for name in asked.count()} == {str(index) for index in range(NUM_ROWS)} - set(failed)
+        assert "4 of 150 unparsed (4 failed; the same command asks them again)" in capsys.readouterr().out
+        fake(is_healthy=True)
+        assert {row["parse_status"] for row in check_complete(inference.run(replace(config, num_workers=1)))} == {"ok"}
+        assert "146 answered already, 4 to do" in capsys.readouterr().out
+        assert [asked.count()[name] for name in ("pair 7 raise", "pair 9 half", "pair 147 kill", "pair 149 dead")] == [1, 1, 1, 1]
 
     def test_an_engine_that_dies_while_it_loads_is_one_clear_error(self, config, fake, asked):
         fake(dies_when_loading=True)
         with pytest.raises(ModelError, match=r"The engine transformers cannot work: 3 starts in a row ended before a row was finished.* Its log: /.*\.err on "):
             inference.run(replace(config, num_workers=1))
-        fake()
-        check_complete(inference.run(replace(config, compute_dtype="fp32")))  # nothing was made the other way
+        with contextlib.ExitStack() as stack:  # nothing was made that way, so another way is free to take the name
+            base, models = describe_models(config)
+            assert open_results(replace(config, compute_dtype="fp32"), stack, Path(config.data), "transformers", base, models[0], 1).name == "run"
 
     def test_a_killed_worker_costs_at_most_the_rows_in_its_hands(self, config, fake, asked):
         fake(seconds=0.05)
@@ -248,25 +275,50 @@ class TestWithRay:
             assert rows[3]["thought_process"] == f"{name}: pair 3"
             assert json.loads(path.with_name(f"run-{name}.json").read_text())["timing"]["rows_computed"] == NUM_ROWS
         assert len(asked.processes()) == 1
+        both_answers = tuple(str(path.with_name(f"run-{name}.jsonl")) for name in ("one", "two"))
+        evaluated = evaluate(EvaluatePredictionsConfig(predictions=both_answers, output_dir=str(tmp_path / "evaluation"), bootstrap_draws=100))
+        report = json.loads(evaluated.with_name("evaluation.json").read_text())
+        assert [(run["run"], run["n"], run["accuracy"]) for run in report["runs"]] == [("run-one", NUM_ROWS, 1.0), ("run-two", NUM_ROWS, 1.0)]
         path.with_name("run-two.answers.sqlite").unlink()
         path.with_name("run-two.jsonl").unlink()
         path.with_name("run-two.manifest.json").unlink()
-        inference.run(both)
-        assert len(asked.lines()) == 3 * NUM_ROWS
+        with contextlib.ExitStack() as stack:  # of the two, only what is gone is to do again
+            base, models = describe_models(both)
+            again = [open_results(both, stack, Path(config.data), "transformers", base, model, 2) for model in models]
+            assert [each.store.count() for each in again] == [NUM_ROWS, 0]
 
-    def test_samples_are_drawn_with_seeds_of_their_own_and_vote(self, config, fake, asked):
-        rows = check_complete(inference.run(replace(config, num_samples=5, temperature=0.7)))
+    def test_samples_of_unlabelled_pairs_have_seeds_of_their_own_vote_and_are_as_long_as_a_column_says(self, config, fake, asked):
+        write_pairs(Path(config.data), labelled=False, tokens=[index + 1 for index in range(NUM_ROWS)])
+        path = inference.run(replace(config, num_workers=1, num_samples=5, temperature=0.7, completion_length_column="tokens"))
+        rows = check_complete(path)
         assert set(asked.count().values()) == {5}
         assert all(sum(row["votes"]) == 5 and row["predicted_label"] == (row["votes"][1] > 2) for row in rows)
         assert len({tuple(row["votes"]) for row in rows}) >= 4
-
-    def test_unlabelled_pairs_with_lengths_are_written_as_long_as_they_say(self, config, fake, asked):
-        write_pairs(Path(config.data), labelled=False, tokens=[index + 1 for index in range(NUM_ROWS)])
-        path = inference.run(replace(config, completion_length_column="tokens"))
-        rows = check_complete(path)
-        assert [row["num_completion_tokens"] for row in rows] == [index + 1 for index in range(NUM_ROWS)]
+        assert [row["num_completion_tokens"] for row in rows] == [5 * (index + 1) for index in range(NUM_ROWS)]
         written = json.loads(path.with_suffix(".json").read_text())
         assert written["metrics"] is None and written["counts"]["accuracy"] is None
+
+    def test_after_an_interrupt_and_a_killed_driver_the_same_command_asks_only_for_what_was_in_flight(self, config, fake, asked):
+        import ray
+
+        fake(seconds=0.1)
+        interrupter = threading.Thread(target=lambda: (asked.wait(20), os.kill(os.getpid(), signal.SIGINT)))
+        interrupter.start()
+        with pytest.raises(KeyboardInterrupt):
+            inference.run(config)
+        interrupter.join()
+        num_first = len(asked.lines())
+        settings = {name: getattr(config, name) for name in ("model", "data", "results_dir", *RUN)}
+        command = [sys.executable, "-m", "tests.inference_driver", json.dumps(settings), json.dumps({"log": str(asked.path), "seconds": 0.1})]
+        environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+        second = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        asked.wait(num_first + 30)
+        os.kill(second.pid, signal.SIGKILL)
+        second.wait()
+        check_complete(inference.run(config))
+        counts = asked.count()
+        assert len(counts) == NUM_ROWS and max(counts.values()) <= 3
+        assert sum(count - 1 for count in counts.values()) <= 2 * (2 * 8 + 4)  # two engines of eight rows, and what was not stored yet, twice
 
 
 def make_adapter(folder: Path) -> None:
@@ -281,29 +333,20 @@ def make_adapter(folder: Path) -> None:
     write_card(folder, TINY_BASE, "nf4", "fp32", 128)
 
 
-@pytest.mark.ray
-@pytest.mark.own_cluster
-def test_after_a_killed_driver_the_same_command_asks_only_for_what_was_in_flight(config, asked, no_ray):
-    settings = {name: getattr(config, name) for name in ("model", "data", "results_dir", "run_name", "use_gpu", "num_workers", "batch_size")}
-    command = [sys.executable, "-m", "tests.inference_driver", json.dumps(settings), json.dumps({"log": str(asked.path), "seconds": 0.1})]
-    first = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    asked.wait(40)
-    os.kill(first.pid, signal.SIGKILL)
-    first.wait()
-    again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
-    assert again.returncode == 0, again.stderr[-3000:]
-    check_complete(Path(config.results_dir) / "run.jsonl")
-    counts = asked.count()
-    assert len(counts) == NUM_ROWS and max(counts.values()) <= 2
-    assert sum(count - 1 for count in counts.values()) <= 2 * 8 + 4  # two engines of eight rows, and what was not stored yet
-
-
 CONFLICTS = {
     "samples that are all the same": ({"num_samples": 3}, "num_samples over 1 needs temperature above 0"),
     "no thought, but samples": ({"no_cot": True, "num_samples": 2, "temperature": 0.5}, "no_cot lets nothing be written"),
     "no thought, but a forced label": ({"no_cot": True, "force_label": True}, "no_cot lets nothing be written"),
     "fp8 without vllm": ({"precision": "fp8", "engine": "transformers"}, "precision fp8 is not for engine transformers"),
     "fp32 with vllm": ({"precision": "fp32", "engine": "vllm"}, "precision fp32 is not for engine vllm"),
+    "no model": ({"model": ""}, "model or one of the adapters is empty"),
+    "no adapter": ({"adapters": ("models/a", "")}, "model or one of the adapters is empty"),
+    "a name with a folder": ({"run_name": "a/b"}, "run_name 'a/b' is no file name; name the folder by results_dir"),
+    "a name of dots": ({"run_name": ".."}, "run_name '..' is no file name"),
+    "a name that no file can have": ({"run_name": "a\0b"}, "is no file name"),
+    "an endless temperature": ({"temperature": float("inf")}, "temperature is endless"),
+    "one GPU for two workers": ({"gpu": 0, "num_workers": 2}, "gpu picks one GPU of this machine, for one worker"),
+    "a GPU for a run without": ({"gpu": 0, "use_gpu": False}, "gpu picks one GPU of this machine"),
     "fewer workers at most than at least": ({"num_workers": 4, "max_workers": 2}, "max_workers 2 is below num_workers 4"),
 }
 
@@ -334,3 +377,81 @@ def test_models_of_several_bases_or_of_one_name_are_refused(config, tmp_path):
     with pytest.raises(ConfigError, match="two of the models are called one"):
         inference.run(replace(config, adapters=(str(tmp_path / "a/one"), str(tmp_path / "b/one"))))
     assert not (tmp_path / "results").exists()
+
+
+def test_a_run_without_a_name_goes_on_with_an_interrupted_one_of_the_same_kind(config, monkeypatch):
+    config = replace(config, run_name="")
+    source = Path(config.data)
+    base, (model,) = describe_models(config)
+
+    def open_run(stack, config=config):
+        return open_results(config, stack, source, "transformers", base, model, 1)
+
+    stopped = contextlib.ExitStack()
+    first = open_run(stopped)
+    first.store.put([("0:9c", False, "{}")])
+    stopped.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    (first.files["jsonl"].parent / "zz.manifest.json").write_text("{")  # another run's, cut short
+    monkeypatch.setattr("nli.result_sets.name_results", lambda model, precision, source: "new")
+    with contextlib.ExitStack() as stack:
+        again = open_run(stack)
+        assert (again.name, again.store.count()) == (first.name, 1)
+        assert again.cure == f"--run-name {first.name} asks them again"
+        assert find_interrupted(Path(config.results_dir), again.record.manifest["identity"], source) is None  # it is at work
+        with pytest.raises(ResumeError, match=f"process {os.getpid()} on .* is at work on {first.name}"):
+            open_run(stack, replace(config, run_name=first.name))
+        assert open_run(stack, replace(config, max_new_tokens=7)).name == "new"
+        again.record.finish({})
+    with contextlib.ExitStack() as stack:
+        assert open_run(stack).name == "new"
+
+
+def test_a_run_whose_files_cannot_all_be_written_is_not_finished(config, monkeypatch, tmp_path):
+    rows = [{"id": "0", "premise": "pair 0", "hypothesis": "so it is", "true_label": 0}]
+    base, (model,) = describe_models(config)
+    with Worklist(tmp_path / "rows.sqlite") as worklist, contextlib.ExitStack() as stack:
+        worklist.fill(((row, row_key(row).encode()) for row in rows), tmp_path / "pairs.csv")
+        results = open_results(config, stack, Path(config.data), "transformers", base, model, 1)
+        results.store.put([(row_key(rows[0]), True, json.dumps(to_failed(results.target.frame, "gone")))])
+        timing = describe_figures({}, 0, 1.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(inference, "write_report", lambda *_: (_ for _ in ()).throw(StorageError("no space")))
+            with pytest.raises(StorageError):
+                inference.write_results(results, worklist, timing)
+        assert json.loads(results.files["manifest.json"].read_text())["status"] == "running"
+        inference.write_results(results, worklist, timing)
+        manifest, report = (json.loads(results.files[kind].read_text()) for kind in ("manifest.json", "json"))
+        assert report["status"] == manifest["status"] == "finished" and report["counts"] == manifest["counts"]
+        assert report["attempts"][0]["seconds"] == 1.0
+
+
+def test_an_engine_s_death_is_told_once_however_many_rows_it_had(monkeypatch, capsys):
+    student, exits = object.__new__(Student), []
+    student._is_dying, student._worker = False, "worker"
+    student._desk = SimpleNamespace(bury=SimpleNamespace(remote=lambda *_: asyncio.sleep(0)))
+    monkeypatch.setattr("nli.student.os._exit", exits.append)
+
+    async def die() -> None:
+        deaths = [asyncio.create_task(student._die("the device is gone")) for _ in range(3)]
+        await asyncio.wait(deaths, timeout=0.3)
+        for death in deaths:
+            death.cancel()
+
+    asyncio.run(die())
+    assert exits == [1]
+    assert capsys.readouterr().out == "inference: the engine is dead (the device is gone); this worker starts again\n"
+
+
+def test_a_gpu_that_this_machine_does_not_have_is_refused(config, monkeypatch):
+    monkeypatch.setattr("nli.cluster.finds_cluster", lambda: False)
+    monkeypatch.setattr("nli.cluster.list_gpus", lambda: ["NVIDIA H100", "NVIDIA H100"])
+    with pytest.raises(ConfigError, match="--gpu 2: this machine has 2 GPUs, counted from 0"):
+        inference.run(replace(config, gpu=2, num_workers=0, use_gpu=None))
+
+
+def test_gpus_that_are_hidden_from_this_process_are_not_counted_on(monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr(inference, "list_gpus", lambda: ["NVIDIA H100"])
+    assert inference.has_gpus()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not inference.has_gpus()

@@ -1,0 +1,148 @@
+"""Which models an inference run asks, and where the results of each lie.
+
+    base, models = describe_models(config)          -> "/models/base", [Model("reflected", "/models/reflected", "[INST] …"), Model("unmodified", …), …]
+    sets = [open_results(config, stack, source, "vllm", base, model, len(models)) for model in models]
+    sets[0].files["jsonl"]                          -> results/reflected-nf4-test-20260114_090512.jsonl
+
+Results have the name that the user gives, that of an interrupted run of the same model, settings and data, or a new one. A manifest beside them holds what
+decides an answer, and work that was made another way is refused.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from nli.adapter_files import find_weights
+from nli.answer_store import AnswerStore
+from nli.checkpoints import describe_model, fingerprint_model, resolve_template
+from nli.errors import ConfigError, DataError, ModelError, ResumeError
+from nli.model import check_base
+from nli.prompts import STUDENT_PROMPT_NAME, prompt_sha256
+from nli.runs import Run, is_in_use, read_manifest, start_run
+from nli.storage import resolve_input, resolve_output, sha256_file
+from nli.student import Target
+from nli.tokenization import check_prompt_ids
+
+if TYPE_CHECKING:
+    from nli.inference import InferenceConfig
+
+
+class Model(NamedTuple):
+    """One of the models of a run: what its results are called, its adapter's folder, its prompt."""
+
+    name: str
+    adapter: str | None
+    template: str
+
+
+@dataclass
+class ResultSet:
+    """One model of a run with its files."""
+
+    name: str
+    target: Target
+    store: AnswerStore
+    record: Run
+    cure: str
+    """what asks its failed rows again"""
+    num_pending: int = 0
+    files: dict[str, Path] = field(default_factory=dict)
+
+
+def describe_models(config: "InferenceConfig") -> tuple[str, list[Model]]:
+    """The base of a run and its models. Raises ModelError if one does not fit, ConfigError if two have one name, DataError if the template is none."""
+    model = _local(config.model, config.storage_root)
+    base, adapter = describe_model(model, config.base_model)
+    check_base(base)
+    template_file = str(resolve_input(config.prompt_template, config.storage_root)) if config.prompt_template else ""
+    models = [Model(_name(model), adapter, resolve_template(adapter or model, template_file))]
+    for path in config.adapters:
+        folder = _local(path, config.storage_root)
+        its_base, its_adapter = describe_model(folder, config.base_model or base)
+        if its_adapter is None:
+            raise ModelError(f"{path}: a model of its own, not an adapter; give it as --model, in a run of its own.")
+        if its_base != base and fingerprint_model(its_base) != fingerprint_model(base):
+            raise ModelError(f"{path}: the adapter's base is {its_base}, not {base}; one pass has one base.")
+        models.append(Model(_name(folder), its_adapter, resolve_template(its_adapter, template_file)))
+    for each in models:
+        check_prompt_ids(base, each.adapter, each.template)
+    names = [each.name for each in models]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"two of the models are called {repeated}, and so would their results be; rename a folder, or answer them in two runs.")
+    return base, models
+
+
+def open_results(config: "InferenceConfig", stack: contextlib.ExitStack, source: Path, engine: str, base: str, model: Model, num_models: int) -> ResultSet:
+    """The result set of one model: named, its manifest checked, its store open."""
+    name, adapter, template = model
+    identity = {
+        "base": fingerprint_model(base),
+        "adapter": sha256_file(find_weights(Path(adapter))) if adapter else None,
+        "precision": config.precision,
+        "compute_dtype": config.compute_dtype,
+        "engine": engine,
+        "prompt_sha256": prompt_sha256(template),
+        **asdict(config.decoding()),
+        "num_samples": config.num_samples,
+        "completion_length_column": config.completion_length_column,
+    }
+    folder = resolve_output(config.results_dir, config.storage_root)
+    named = f"{config.run_name}-{name}" if config.run_name and num_models > 1 else config.run_name
+    stem = named or find_interrupted(folder, identity, source) or name_results(name, config.precision, source)
+    files = {kind: folder / f"{stem}.{kind}" for kind in ("jsonl", "csv", "json", "answers.sqlite", "manifest.json")}
+    store = stack.enter_context(contextlib.closing(AnswerStore(files["answers.sqlite"])))
+    store.check()
+    is_empty = store.count() == 0
+    record = start_run(files["manifest.json"], "inference", identity, config, [source], has_work=files["jsonl"].exists() or not is_empty)
+    stack.enter_context(_stopping_on_error(record))
+    if is_empty and files["jsonl"].exists():
+        store.read_in(files["jsonl"])
+    frame = {
+        "answered_by": name,
+        "prompt_name": STUDENT_PROMPT_NAME,
+        "prompt_sha256": identity["prompt_sha256"],
+        "precision": config.precision,
+        "engine": engine,
+    }
+    cure = "the same command asks them again" if config.run_name else f"--run-name {stem} asks them again"
+    return ResultSet(stem, Target(adapter, template, frame), store, record, cure, files=files)
+
+
+def find_interrupted(folder: Path, identity: Mapping, source: Path) -> str | None:
+    """The name of an unfinished run of the same model, settings and data in the results folder."""
+    for path in sorted(folder.glob("*.manifest.json"), reverse=True):
+        with contextlib.suppress(ResumeError, OSError):  # of another run: damaged, or another user's
+            manifest = read_manifest(path)
+            same = manifest is not None and manifest["identity"] == dict(identity) and str(source) in manifest.get("inputs", ())
+            if same and manifest["status"] == "running" and not is_in_use(path):
+                return path.name.removesuffix(".manifest.json")
+    return None
+
+
+def name_results(model: str, precision: str, source: Path) -> str:
+    """{model}-{precision}-{dataset}-{timestamp}, a checkpoint with its run's name."""
+    return f"{model}-{precision}-{source.stem}-{datetime.now(UTC).strftime('%Y%m%d_%H%M%S')}"
+
+
+@contextlib.contextmanager
+def _stopping_on_error(record: Run) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        record.stop(record.manifest["counts"])
+        raise
+
+
+def _name(model: str) -> str:
+    folder = Path(model)
+    return f"{folder.parent.name}-{folder.name}" if folder.name.startswith("checkpoint-") else folder.name
+
+
+def _local(model: str, storage_root: str) -> str:
+    try:
+        return str(resolve_input(model, storage_root))
+    except DataError:
+        return model
