@@ -88,6 +88,14 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise ModelError(f"{path}: the weights cannot be read ({type(error).__name__}: {first_line(error)}).") from None
 
 
+def load_weights(path: Path) -> dict[str, "torch.Tensor"]:
+    """The tensors of a weight file, on the CPU."""
+    import torch
+    from safetensors.torch import load_file
+
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+
+
 def check_shapes(folder: Path, base: str) -> None:
     """Raise ModelError if an adapter's weights do not fit a base: another rank than its config says, a layer that the base lacks or has in another size.
 
@@ -165,7 +173,7 @@ def fit_adapter(model: "PreTrainedModel", folder: str, into: str) -> str:
         return folder
     from safetensors.torch import save_file
 
-    tensors = {name: tensor.contiguous() for name, tensor in _load(weights).items()}
+    tensors = {name: tensor.contiguous() for name, tensor in load_weights(weights).items()}
     config = read_adapter_config(source)
     kept = {name for name in config.get("modules_to_save") or () if name not in _EMBEDDINGS}
     for name in whole:
@@ -186,13 +194,6 @@ def _role(name: str) -> str | None:
     module, part = _split_name(name)
     leaf = module.rsplit(".", 1)[-1]
     return leaf if part == "weight" and leaf in _EMBEDDINGS else None
-
-
-def _load(path: Path) -> dict[str, "torch.Tensor"]:
-    import torch
-    from safetensors.torch import load_file
-
-    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _read_embedding(model: "PreTrainedModel", role: str) -> "torch.Tensor":
