@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tests.conftest import TINY_BASE
 
 def read_changes(folder: str) -> dict[str, torch.Tensor]:
     """What vLLM adds to each layer's weights: B A, times one scale that it reads in the config."""
-    config = json.loads(open(f"{folder}/adapter_config.json").read())
+    config = json.loads(Path(folder, "adapter_config.json").read_text())
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
     weights = load_file(f"{folder}/adapter_model.safetensors")
     modules = {name.split(".lora_")[0] for name in weights}
