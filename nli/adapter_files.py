@@ -64,13 +64,17 @@ def fetch_adapter(name: str) -> str | None:
 
 def read_adapter_config(folder: Path) -> dict:
     """An adapter's adapter_config.json. Raises ModelError."""
+    return _read_json(folder / ADAPTER_CONFIG)
+
+
+def _read_json(path: Path) -> dict:
     try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: {ADAPTER_CONFIG} cannot be read ({error}).") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{folder}: {ADAPTER_CONFIG} is no JSON object.")
-    return config
+        raise ModelError(f"{path}: cannot be read ({error}).") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: no JSON object.")
+    return value
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -88,13 +92,21 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise ModelError(f"{path}: the weights cannot be read ({type(error).__name__}: {first_line(error)}).") from None
 
 
+def load_weights(path: Path) -> dict[str, "torch.Tensor"]:
+    """The tensors of a weight file, on the CPU."""
+    import torch
+    from safetensors.torch import load_file
+
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+
+
 def check_shapes(folder: Path, base: str) -> None:
     """Raise ModelError if an adapter's weights do not fit a base: another rank than its config says, a layer that the base lacks or has in another size.
 
     The base's sizes are read from the headers of its safetensors; a base that has none here, or whose weights are quantised already, is not compared.
     """
     found = read_shapes(find_weights(folder))
-    lora = {name: shape for name, shape in found.items() if ".lora_" in name}
+    lora = {name: shape for name, shape in found.items() if ".lora_" in name and not name.endswith(".bias")}
     _check_ranks(folder, lora)
     sizes = _read_base_shapes(base)
     if not sizes:
@@ -119,10 +131,19 @@ def check_shapes(folder: Path, base: str) -> None:
 _CURE = "Give the base that it was trained on by --base-model."
 
 
-def _check_ranks(folder: Path, lora: Mapping[str, tuple[int, ...]]) -> None:
+def check_kind(folder: Path) -> None:
+    """Raise ModelError if an adapter is not plain LoRA: what works on the prompt, not in the layers, would be passed over by the engines."""
     config = read_adapter_config(folder)
-    if config.get("peft_type", "LORA") != "LORA":
-        return
+    kind = config.get("peft_type", "LORA")
+    if kind == "LORA" and config.get("alora_invocation_tokens"):
+        kind = "activated LoRA"
+    if kind != "LORA":
+        raise ModelError(f"{folder}: {ADAPTER_CONFIG} says that this is {kind}, and only LoRA adapters are served.")
+
+
+def _check_ranks(folder: Path, lora: Mapping[str, tuple[int, ...]]) -> None:
+    check_kind(folder)
+    config = read_adapter_config(folder)
     if not lora:
         raise ModelError(f"{folder}: {find_weights(folder).name} holds no LoRA weights.")
     ranks = {config.get("r"), *(config.get("rank_pattern") or {}).values()}
@@ -143,8 +164,11 @@ def _split_name(name: str) -> tuple[str, str]:
 def _read_base_shapes(base: str) -> dict[str, tuple[int, ...]]:
     """Shape of the weight of each of a base's modules, empty if they cannot be told from its files."""
     config = Path(base) / "config.json" if Path(base).is_dir() else find_hub_file(base, "config.json")
-    if config is None or not config.is_file() or "quantization_config" in json.loads(config.read_text(encoding="utf-8")):
+    if config is None or not config.is_file() or "quantization_config" in _read_json(config):
         return {}
+    index = config.with_name("model.safetensors.index.json")
+    if index.is_file() and not all((index.parent / shard).is_file() for shard in set(_read_json(index).get("weight_map", {}).values())):
+        return {}  # a part of it is still on the hub
     shapes = {}
     for path in config.parent.glob("*.safetensors"):
         shapes |= {name.removesuffix(".weight"): shape for name, shape in read_shapes(path).items() if name.endswith(".weight")}
@@ -165,7 +189,7 @@ def fit_adapter(model: "PreTrainedModel", folder: str, into: str) -> str:
         return folder
     from safetensors.torch import save_file
 
-    tensors = {name: tensor.contiguous() for name, tensor in _load(weights).items()}
+    tensors = {name: tensor.contiguous() for name, tensor in load_weights(weights).items()}
     config = read_adapter_config(source)
     kept = {name for name in config.get("modules_to_save") or () if name not in _EMBEDDINGS}
     for name in whole:
@@ -186,13 +210,6 @@ def _role(name: str) -> str | None:
     module, part = _split_name(name)
     leaf = module.rsplit(".", 1)[-1]
     return leaf if part == "weight" and leaf in _EMBEDDINGS else None
-
-
-def _load(path: Path) -> dict[str, "torch.Tensor"]:
-    import torch
-    from safetensors.torch import load_file
-
-    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _read_embedding(model: "PreTrainedModel", role: str) -> "torch.Tensor":

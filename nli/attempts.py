@@ -27,17 +27,19 @@ def attempt(forward: Callable[[], Result], device: str) -> tuple[Result | None, 
     try:
         return forward(), None
     except Exception as error:
-        failure = Failure(_is_out_of_memory(error), f"{type(error).__name__}: {first_line(error)}")
+        failure = Failure(is_out_of_memory(error), f"{type(error).__name__}: {first_line(error)}")
     if device.startswith("cuda"):
         _check_gpu(device, failure)
     return None, failure
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error tells of too little memory, of a GPU or of the machine."""
     import torch
 
-    told = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and ("ALLOC_FAILED" in told or "can't allocate memory" in told))
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and ("ALLOC_FAILED" in str(error) or "can't allocate memory" in str(error))
 
 
 def _check_gpu(device: str, failure: Failure) -> None:

@@ -193,9 +193,9 @@ def resolve_template(model: str, template_file: str = "") -> str:
 
 
 def read_template(path: str) -> str:
-    """A prompt template from a UTF-8 file, less the newline that editors put at its end. Raises DataError if it is none."""
+    """A prompt template from a UTF-8 file, less what editors put at its ends: a byte order mark and a newline. Raises DataError if it is none."""
     try:
-        template = Path(path).read_text(encoding="utf-8").removesuffix("\n")
+        template = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n")
     except OSError:
         raise DataError(f"{path}: no such prompt template can be read.") from None
     except UnicodeDecodeError:

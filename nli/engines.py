@@ -127,9 +127,9 @@ def choose_engine(name: EngineName, precision: Precision, device: str) -> str:
 def build_engine(name: str, settings: EngineSettings) -> Engine:
     """Load the model. Raises ModelError if it cannot be loaded as the settings say."""
     if name == "vllm":
-        from nli.vllm_engine import VLLMEngine
+        from nli.vllm_process import VLLMProcess
 
-        return VLLMEngine(settings)
+        return VLLMProcess(settings)
     from nli.transformers_engine import TransformersEngine
 
     return TransformersEngine(settings)

@@ -20,7 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from nli.checkpoints import CARD, WEIGHTS, describe_model, fingerprint_model, flush_to_disk, read_card
+from nli.adapter_files import find_weights
+from nli.checkpoints import CARD, describe_model, fingerprint_model, flush_to_disk, read_card
 from nli.cluster import check_gpu_choice, connected, own_error
 from nli.config import Count, CountOrZero, as_dict, config_class
 from nli.engines import Decoding, EngineSettings, Generation, Request, answer_all
@@ -86,7 +87,7 @@ def run(config: ExportConfig) -> Path:
     if config.form == "merged_nf4" and card["quantization"] != "nf4":
         raise ConfigError(f"form merged_nf4 is for adapters trained on an NF4 base; this one's was {card['quantization']}: use merged_bf16.")
     output = resolve_output(config.output_dir, config.storage_root)
-    identity = {"form": config.form, "base_fingerprint": fingerprint_model(base), "adapter_sha256": sha256_file(Path(adapter) / WEIGHTS)}
+    identity = {"form": config.form, "base_fingerprint": fingerprint_model(base), "adapter_sha256": sha256_file(find_weights(Path(adapter)))}
     if (earlier := read_export(output)) is not None and all(earlier.get(name) == value for name, value in identity.items()):
         print(f"export: {output} holds this very model already: {describe_check(earlier['check'])}", flush=True)
         return output

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LABEL = re.compile(r'"predicted_label"\s*:\s*"?\s*([01])')
+_TAIL = 24  # tokens; an answer that ends with its label has two or three after it
 _THOUGHT = re.compile(r'"thought_process"\s*:\s*"')
 _STRING = re.compile(r'(?:[^"\\]|\\.)*', re.DOTALL)
 _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|.)", re.DOTALL)
@@ -43,6 +44,13 @@ def find_label(tokenizer: "PreTrainedTokenizerBase", completion_ids: list[int], 
     position = _find_digit(text)
     if position is None:
         return None
+    pairs = label_pairs(tokenizer)
+    after = len(text) - position - 1  # characters
+    for index in reversed(range(max(0, len(completion_ids) - _TAIL), len(completion_ids))):
+        if completion_ids[index] in pairs:  # mostly the label itself: from its token to the end, little has to be decoded
+            tail, rest = (read_completion(tokenizer, completion_ids[start:]) for start in (index, index + 1))
+            if len(rest) <= after < len(tail) and text.endswith(tail):
+                return LabelPlace(index, pairs[completion_ids[index]])
 
     def length(count: int) -> int:
         return len(read_completion(tokenizer, completion_ids[:count]))
@@ -51,7 +59,7 @@ def find_label(tokenizer: "PreTrainedTokenizerBase", completion_ids: list[int], 
     if not length(index) <= position < length(index + 1):
         # Bytes of an unfinished character may decode to more characters than the finished one, and lead the halving astray.
         index = next(count for count in reversed(range(len(completion_ids))) if length(count) <= position)
-    tokens = label_pairs(tokenizer).get(completion_ids[index])
+    tokens = pairs.get(completion_ids[index])
     return None if tokens is None else LabelPlace(index, tokens)
 
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from nli.adapter_files import WEIGHTS, fit_adapter
+from nli.adapter_files import ADAPTER_CONFIG, WEIGHTS, check_kind, find_weights, fit_adapter, read_shapes
+from nli.attempts import is_out_of_memory
 from nli.errors import ModelError
 from nli.tokenization import first_line
 
@@ -58,10 +59,11 @@ def quiet_libraries() -> None:
 def load_base(path: str, quantization: Quantization, compute_dtype: ComputeDtype, device: str, attention: str = "") -> "PreTrainedModel":
     """A causal LM on `device` ("cpu", "cuda:0", …), its linear layers in NF4 with double quantisation, in 8 bits or unquantised. Raises ModelError.
 
+    Weights that are missing are an error too: transformers would fill them with numbers of chance and go on.
     `attention` is a name that transformers knows; empty: the fastest for padded batches.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     quiet_libraries()
     dtype = torch_dtype(compute_dtype)
@@ -72,15 +74,22 @@ def load_base(path: str, quantization: Quantization, compute_dtype: ComputeDtype
     }[quantization]
     attention = attention or choose_attention(device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             device_map={"": device},
             attn_implementation=attention,
             quantization_config=quantized,
+            ignore_mismatched_sizes=True,  # told below, by name
+            output_loading_info=True,
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"{path}: the model cannot be loaded ({first_line(error)}).") from None
+    except (OSError, ValueError, RuntimeError, ImportError, MemoryError, SafetensorError) as error:
+        cure = f" The memory of {device} does not hold it: take a smaller precision, or end what else uses it." if is_out_of_memory(error) else ""
+        raise ModelError(f"{path}: the model cannot be loaded ({first_line(error)}).{cure}") from None
+    if unfit := sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}):
+        quantised_already = hasattr(AutoConfig.from_pretrained(path), "quantization_config")
+        cure = " They are quantised already: take nf4, or give the model that they were made of." if quantised_already else ""
+        raise ModelError(f"{path}: its files lack weights that fit its config.json for {len(unfit)} of its parts, such as {unfit[0]}.{cure}")
     print(f"model: {path}, {quantization}, {compute_dtype}, attention {attention}, on {device}", flush=True)
     return model
 
@@ -138,18 +147,29 @@ def load_adapter(model: "PreTrainedModel | PeftModel", folder: str, name: str = 
     from peft import PeftModel
     from safetensors import SafetensorError
 
+    others = " beside the others; give it in a run of its own" if isinstance(model, PeftModel) else ""
     try:
+        check_kind(Path(folder))
         with tempfile.TemporaryDirectory(prefix="nli-adapter-") as aside, warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")  # the layers without weights would answer as the base does
             source = fit_adapter(model, folder, aside)
             if isinstance(model, PeftModel):
                 model.load_adapter(source, name, torch_device=str(model.device))
-                return model
-            return PeftModel.from_pretrained(model, source, adapter_name=name, torch_device=str(model.device))
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UserWarning) as error:
-        raise ModelError(f"{folder}: the adapter cannot be put on this base ({first_line(error)}).") from None
-    except ModelError as error:
-        raise ModelError(f"{folder}: the adapter cannot be put on this base ({first_line(error)})") from None
+            else:
+                model = PeftModel.from_pretrained(model, source, adapter_name=name, torch_device=str(model.device))
+            _check_all_used(model, source, name)
+            return model
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError, UserWarning, ModelError) as error:
+        raise ModelError(f"{folder}: the adapter cannot be put on this base{others} ({first_line(error).removesuffix('.')}).") from None
+
+
+def _check_all_used(model: "PeftModel", folder: str, name: str) -> None:
+    """Raise ModelError if an adapter has weights for modules that its own config does not name: PEFT passes over them in silence."""
+    from peft import get_peft_model_state_dict
+
+    used = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    if unused := sorted(set(read_shapes(find_weights(Path(folder)))) - set(used)):
+        raise ModelError(f"{ADAPTER_CONFIG} names no place for {len(unused)} of its weights, such as {unused[0]}")
 
 
 def load_with_adapters(

@@ -153,11 +153,11 @@ class TransformersEngine:
         waiting, labels = self.waiting[self.adapter], self.labels[self.adapter]
         free = self.batch_size - len(self.active)
         few = max(1, self.batch_size // 8)  # to read fewer prompts takes a GPU as long
-        if waiting and free >= min(few, len(waiting)):
+        if waiting and free >= min(few, len(waiting)) and not self.apart:
             self._read(take_longest(waiting, free, self.most_tokens))
         elif labels and (len(labels) >= few or not self.active):
             self._sort()
-            self._read_labels(take_longest(labels, len(labels), self.most_tokens))
+            self._read_labels(take_longest(labels, self.batch_size, self.most_tokens))
         elif self.active:
             self._write()
 
@@ -291,8 +291,11 @@ class TransformersEngine:
         before, self.batch_size = self.batch_size, max(1, min(self.batch_size, num_rows) // 2)
         self.most_tokens = max(1, min(self.most_tokens, max(len(row.ids) for row in rows) * len(rows)) // 2)
         print(f"inference: out of memory with {num_rows} rows at once; going on with {self.batch_size}", flush=True)
-        leaving = self.active[self.batch_size if self.batch_size < before else 0 :]
         joining = [row for row in rows if row not in set(self.active)]
+        leaving = self.active[self.batch_size :]
+        if before == 1:  # there are no fewer at once: each waits until nothing is beside it
+            self.apart += [[row] for row in joining]
+            joining = []
         self._leave(set(leaving))
         self._queue([*leaving, *joining])
         self._sort()

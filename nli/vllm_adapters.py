@@ -1,16 +1,17 @@
-"""LoRA adapters as vLLM takes them: their rank, the modules that they change, and no copies of the base's embeddings.
+"""LoRA adapters as vLLM takes them: in safetensors, of one rank and scale, and with no copies of the base's embeddings.
 
 describe_adapter("models/a")                                  ->  AdapterShape(rank=32, modules=("k_proj", "o_proj", "q_proj", "v_proj"))
 prepare_adapter("models/published", "models/base", "/tmp/x")  ->  "/tmp/x/published", a copy without embed_tokens and lm_head
 """
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nli.checkpoints import WEIGHTS
+from nli.adapter_files import ADAPTER_CONFIG, WEIGHTS, find_weights, load_weights, read_adapter_config, read_shapes
 from nli.errors import ModelError
 from nli.storage import write_atomic
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     import torch
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM's kernels know
-CONFIG = "adapter_config.json"
 _ELSEWHERE = "Take engine transformers, or merge the adapter with export and run what comes out."
 _EMBEDDINGS = {"embed_tokens": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}
 
@@ -35,9 +35,9 @@ class AdapterShape:
 
 def describe_adapter(folder: str) -> AdapterShape:
     """Rank and modules of an adapter. Raises ModelError if its files cannot be read."""
-    config = _read_config(folder)
-    modules = {key.split(".lora_")[0].rsplit(".", 1)[-1] for key in _list_weights(folder) if ".lora_" in key}
-    return AdapterShape(max([config.get("r", 0), *(config.get("rank_pattern") or {}).values()]), tuple(sorted(modules)))
+    config = read_adapter_config(Path(folder))
+    modules = {key.split(".lora_")[0].rsplit(".", 1)[-1] for key in read_shapes(_find_weights(folder)) if ".lora_" in key}
+    return AdapterShape(max(_list_ranks(config)), tuple(sorted(modules)))
 
 
 def smallest_rank(ranks: Iterable[int]) -> int:
@@ -50,30 +50,59 @@ def smallest_rank(ranks: Iterable[int]) -> int:
 
 
 def prepare_adapter(folder: str, base: str, into: str) -> str:
-    """The folder to give to vLLM: the adapter's own, or a copy below `into` without embeddings that PEFT saved along with it.
+    """The folder to give to vLLM: the adapter's own, or a copy below `into` that says the same in the one form that vLLM reads rightly.
 
-    vLLM refuses an adapter with such weights. PEFT saves them when a vocabulary was resized, trained or not; only if the rows of the base's tokens equal the
-    base's is nothing lost by leaving them out. Raises ModelError otherwise.
+    vLLM refuses embeddings that PEFT saved along with an adapter, as it does when a vocabulary was resized; where the rows of the base's tokens equal the
+    base's, nothing is lost by leaving them out. And it scales all layers alike, whatever `rank_pattern` and `alpha_pattern` say, so that their scale has to go
+    into the weights. Raises ModelError where no such copy can be made.
     """
-    extra = [key for key in _list_weights(folder) if ".lora_" not in key]
-    if not extra:
+    source, config = _find_weights(folder), read_adapter_config(Path(folder))
+    names = list(read_shapes(source))
+    extra = [name for name in names if ".lora_" not in name]
+    uneven = bool(config.get("rank_pattern") or config.get("alpha_pattern"))
+    if not extra and not uneven and source.name == WEIGHTS:
         return folder
-    from safetensors import safe_open
     from safetensors.torch import save_file
 
-    with safe_open(Path(folder) / WEIGHTS, framework="pt") as weights:
-        for key in extra:
-            role = next((role for role in _EMBEDDINGS if f".{role}." in key), None)
-            if role is None:
-                raise ModelError(f"{folder}: the adapter holds {key}, a full weight that vLLM cannot put on the base. {_ELSEWHERE}")
-            if not _has_rows_of(weights.get_tensor(key), read_embedding(base, role)):
-                raise ModelError(f"{folder}: the adapter's {role} differs from the base's: it was trained, and vLLM cannot put it on the base. {_ELSEWHERE}")
-        kept = {key: weights.get_tensor(key) for key in weights.keys() if ".lora_" in key}  # noqa: SIM118  (not a dict)
+    tensors = load_weights(source)
+    for name in extra:
+        role = next((role for role in _EMBEDDINGS if f".{role}." in name), None)
+        if role is None:
+            raise ModelError(f"{folder}: the adapter holds {name}, a full weight that vLLM cannot put on the base. {_ELSEWHERE}")
+        if not _has_rows_of(tensors.pop(name), read_embedding(base, role)):
+            raise ModelError(f"{folder}: the adapter's {role} differs from the base's: it was trained, and vLLM cannot put it on the base. {_ELSEWHERE}")
+    config = config | {"modules_to_save": None}
+    if uneven:
+        tensors, config = _even_out(tensors, config)
     copy = Path(into) / Path(folder).resolve().name
     copy.mkdir(parents=True)
-    save_file(kept, copy / WEIGHTS, metadata={"format": "pt"})
-    write_atomic(copy / CONFIG, json.dumps(_read_config(folder) | {"modules_to_save": None}, indent=2) + "\n")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, copy / WEIGHTS, metadata={"format": "pt"})
+    write_atomic(copy / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
     return str(copy)
+
+
+def _even_out(tensors: Mapping[str, "torch.Tensor"], config: dict) -> tuple[dict, dict]:
+    """The same adapter with one scale for all layers: each layer's own, as far as it differs, is multiplied into its B."""
+    from peft.utils.other import get_pattern_key
+
+    rank, alpha, alphas = max(_list_ranks(config)), config["lora_alpha"], config.get("alpha_pattern") or {}
+    root = math.sqrt if config.get("use_rslora") else float
+    evened = {}
+    for name, tensor in tensors.items():
+        module, part = name.removeprefix("base_model.model.").split(".lora_", 1)
+        own = alphas.get(get_pattern_key(alphas, module), alpha) / root(tensor.shape[-1])
+        evened[name] = (tensor.float() * (own / (alpha / root(rank)))).to(tensor.dtype) if part.startswith("B.") else tensor
+    return evened, config | {"r": rank, "rank_pattern": {}, "alpha_pattern": {}}
+
+
+def _list_ranks(config: dict) -> list[int]:
+    return [config.get("r", 0), *(config.get("rank_pattern") or {}).values()]
+
+
+def _find_weights(folder: str) -> Path:
+    if (weights := find_weights(Path(folder))) is None:
+        raise ModelError(f"{folder}: no {WEIGHTS} there.")
+    return weights
 
 
 def read_embedding(base: str, role: str) -> "torch.Tensor":
@@ -99,20 +128,3 @@ def _has_rows_of(saved: "torch.Tensor", own: "torch.Tensor") -> bool:
 
     rows = min(len(saved), len(own))
     return saved.shape[1:] == own.shape[1:] and torch.equal(saved[:rows], own[:rows].to(saved.dtype))
-
-
-def _list_weights(folder: str) -> list[str]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(Path(folder) / WEIGHTS, framework="pt") as weights:
-            return list(weights.keys())
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{folder}: the adapter's {WEIGHTS} cannot be read ({error}).") from None
-
-
-def _read_config(folder: str) -> dict:
-    try:
-        return json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: the adapter's {CONFIG} cannot be read ({error}).") from None

@@ -6,7 +6,8 @@
     -> Generation(text='{"thought_process": …}', finish_reason="stop", num_prompt_tokens=61, num_completion_tokens=38, problem="", probability=0.98)
 
 Tokens are made and read here, once a row: vLLM sees ids only and does nothing per token for the text. A label's probability is a second request, of one
-token, over the row's own ids up to the label; the prefix cache still holds them. vLLM's engine is a process of its own, which ends with this one.
+token, over the row's own ids up to the label; the prefix cache still holds them. vLLM's engine is a process of its own, which ends with this one. This one is
+not the worker's either: nli.vllm_process starts nli.vllm_child, which holds this class.
 """
 
 import asyncio
@@ -29,14 +30,14 @@ from nli.parsing import ParseStatus, parse_answer
 from nli.prompts import render_completion
 from nli.tokenization import encode_prompt, load_tokenizer
 from nli.vllm_adapters import describe_adapter, prepare_adapter
-from nli.vllm_setup import USUAL_LENGTH, build_arguments, set_environment, share_of_memory
-from nli.vllm_worker import OWNER
+from nli.vllm_setup import OWNER, USUAL_LENGTH, build_arguments, choose_start, register_classes, set_environment, share_of_memory
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
     from vllm.sampling_params import SamplingParams
 
 _CLOSE_SECONDS = 10.0
+_STOP_SECONDS = 2.0  # for vLLM's process to end by itself; what it holds goes back either way
 
 
 class VLLMEngine:
@@ -109,12 +110,15 @@ class VLLMEngine:
             folders.append(prepare_adapter(folder, settings.base, os.path.join(self._adapters_folder.name, str(number))))
             shapes.append(describe_adapter(folders[-1]))
         try:
-            longest = getattr(AutoConfig.from_pretrained(settings.base), "max_position_embeddings", USUAL_LENGTH)
+            config = AutoConfig.from_pretrained(settings.base)
         except (OSError, ValueError) as error:
             raise ModelError(f"{settings.base}: the model cannot be loaded ({_reason(error)}).") from None
+        longest = getattr(config, "max_position_embeddings", USUAL_LENGTH)
         arguments = build_arguments(settings, shapes, longest, share_of_memory(settings.device))
         self._longest = arguments["max_model_len"]
         self._batch_size = arguments["max_num_seqs"]
+        register_classes(config.architectures or ())
+        choose_start()
         from vllm.lora.request import LoRARequest
 
         self._loras = {
@@ -152,7 +156,7 @@ class VLLMEngine:
     async def _stop(self) -> None:
         await _cancel(self._answers)  # while vLLM can still be told so
         if self._engine is not None:
-            self._engine.shutdown(timeout=_CLOSE_SECONDS)
+            self._engine.shutdown(timeout=_STOP_SECONDS)
         await _cancel(asyncio.all_tasks() - {asyncio.current_task()})
 
     async def _answer(self, request: Request, prompt: list[int]) -> Generation:

@@ -4,15 +4,18 @@ set_environment()
 build_arguments(settings, adapters=(), longest=32768, memory_share=0.9)  ->  {"model": "mistralai/Mistral-7B-v0.3", "dtype": "bfloat16", "max_num_seqs": 1024}
 """
 
+import glob
+import logging
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from nli.engines import EngineSettings
 from nli.errors import ModelError
 from nli.vllm_adapters import AdapterShape, smallest_rank
 
+OWNER = "NLI_ENGINE_OWNER"  # environment variable: the process that vLLM's engine process ends with
 MOST_ROWS = 1024  # at once; a 7B's decode step is bound by the matrix products from some 500 rows on, and more rows only share them
 MOST_TOKENS = 16384  # of one step's prompts and answers together
 USUAL_LENGTH = 4096  # of prompt and answer; a model's own limit may be far above what a row can need
@@ -36,7 +39,31 @@ def set_environment() -> None:
     """Set what vLLM reads when it is imported, where the user has not."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # this process has threads, and may have Ray's: a fork of them can hang
+
+
+def choose_start() -> None:
+    """Have vLLM start its engine's process by a fork, unless CUDA is in use here, which no fork can take along.
+
+    vLLM looks whether torch uses it. Whatever else does has the driver's memory device open, which asking for a GPU's name or memory does not open.
+    """
+    if any(os.path.realpath(file) == "/dev/nvidia-uvm" for file in glob.glob("/proc/self/fd/*")):
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+
+
+def register_classes(architectures: Iterable[str]) -> None:
+    """Give vLLM the classes of these architectures; else it starts a process that imports all of vLLM once more, only to look at them.
+
+    The engine's process needs them in any case, and gets them by the fork.
+    """
+    try:
+        from vllm.model_executor.models.registry import ModelRegistry
+
+        for name in architectures:
+            known = ModelRegistry.models.get(name)
+            if hasattr(known, "module_name"):  # known by name only
+                ModelRegistry.register_model(name, known.load_model_cls())
+    except Exception as error:  # then vLLM looks in its own way, and says what is wrong if anything is
+        logging.getLogger(__name__).debug("%s: %s", type(error).__name__, error)
 
 
 def build_arguments(settings: EngineSettings, adapters: Sequence[AdapterShape], longest: int, memory_share: float) -> dict:

@@ -3,8 +3,9 @@
     AsyncEngineArgs(worker_extension_cls="nli.vllm_worker.WorkerExtension", …)
     await engine.collective_rpc("report_figures")  ->  [{"peak_memory_gb": 71.3, "compile_seconds": 18.2}]
 
-vLLM imports this module in its engine process before it loads the model. That process outlives an owner that is killed, idle and with the GPU's memory in its
-hands; so from the import on, a thread looks whether its parent is still the one that OWNER names, and ends the process when it is not.
+vLLM imports this module in its engine process before it loads the model; no other may, since a fork would take it along and not import it again. The engine
+process outlives an owner that is killed, idle and with the GPU's memory in its hands; so from the import on, a thread looks whether its parent is still the
+one that OWNER names, and ends the process when it is not.
 """
 
 import os
@@ -12,7 +13,8 @@ import signal
 import threading
 import time
 
-OWNER = "NLI_ENGINE_OWNER"
+from nli.vllm_setup import OWNER
+
 _LOOK_SECONDS = 1.0
 
 

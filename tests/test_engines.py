@@ -283,6 +283,52 @@ def test_one_row_that_does_not_fit_alone_is_told(build, requests, monkeypatch):
     assert [generation.problem for index, generation in enumerate(generations) if index != 4] == [""] * 8
 
 
+def test_a_label_for_which_there_is_no_room_beside_a_row_is_read_when_that_has_ended(build, requests, monkeypatch):
+    import torch
+
+    engine = build(batch_size=1, decoding=Decoding(max_new_tokens=12, force_label=True))
+    forward = engine.model.forward
+
+    def forward_of_one(input_ids, use_cache, **values):
+        if len(input_ids) + (0 if use_cache else len(engine.active)) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(input_ids=input_ids, use_cache=use_cache, **values)
+
+    monkeypatch.setattr(engine.model, "forward", forward_of_one)
+    futures = [engine.submit(request) for request in requests[:4]]
+    assert [future.result(timeout=20).label_forced for future in futures] == [True] * 4
+
+
+def test_no_more_labels_are_read_at_once_than_the_batch_has_rows(build, requests, monkeypatch):
+    engine = build(batch_size=4, decoding=Decoding(no_cot=True))
+    read, sizes = engine.slots.read, []
+    monkeypatch.setattr(engine.slots, "read", lambda prompts, *rest: sizes.append(len(prompts)) or read(prompts, *rest))
+    answer_all(engine, requests)
+    assert max(sizes) == 4 and sum(sizes) == 30
+
+
+def test_a_group_with_a_row_that_breaks_is_tried_before_new_rows_come_in(build, requests, monkeypatch):
+    engine = build(batch_size=4)
+    forward = engine.model.forward
+    order: list[int] = []
+
+    def forward_that_breaks(input_ids, **values):
+        if input_ids.shape[1] > 100:
+            raise ValueError("a row that nobody can read")
+        return forward(input_ids=input_ids, **values)
+
+    monkeypatch.setattr(engine.model, "forward", forward_that_breaks)
+    first = engine.submit(Request(requests[0].prompt, num_tokens=30))
+    while not engine.active:
+        pass
+    futures = [engine.submit(request) for request in (Request(render_student_prompt("dog " * 100, "cats.")), *requests[2:])]
+    for index, future in enumerate(futures, 1):
+        future.add_done_callback(lambda _, index=index: order.append(index))
+    texts_of_all = [future.result(timeout=60).text for future in futures]
+    assert first.result().text and texts_of_all[0] is None and None not in texts_of_all[1:]
+    assert order.index(1) < 8
+
+
 @pytest.mark.parametrize("where", ["reading", "writing"])
 def test_a_row_that_breaks_the_forward_pass_fails_alone(build, requests, where, monkeypatch):
     expected = texts(answer_all(build(), requests))

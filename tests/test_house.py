@@ -25,7 +25,8 @@ BANDS = {
     "model": {
         *("tokenization", "model", "adapter_files", "checkpoints", "engines", "saving", "preflight", "preflight_report", "watching", "watch_beside"),
         *("memory", "attention", "batches", "kernels", "trainer", "tracking", "training", "transformers_engine", "labels"),
-        *("slots", "answering", "student", "vllm_engine", "vllm_setup", "vllm_adapters", "vllm_worker", "attempts", "result_sets"),
+        *("slots", "answering", "student", "vllm_engine", "vllm_setup", "vllm_adapters", "vllm_worker", "attempts"),
+        *("vllm_process", "vllm_child", "channel", "result_sets"),
     },
     "stages": {"thoughts", "reflections", "sft_data", "sft", "sweep", "export", "inference", "evaluation", "account", "data_checks", "pipeline"},
 }

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from dataclasses import replace
 
 import pytest
@@ -22,7 +23,7 @@ from nli.prompts import render_completion, render_student_prompt
 from nli.tokenization import encode_prompt, load_tokenizer
 from nli.vllm_adapters import AdapterShape, describe_adapter, prepare_adapter, read_embedding, smallest_rank
 from nli.vllm_engine import VLLMEngine, label_probability
-from nli.vllm_setup import build_arguments, capture_sizes, share_of_memory
+from nli.vllm_setup import ENVIRONMENT, build_arguments, capture_sizes, choose_start, register_classes, share_of_memory
 from tests import vllm_standin
 from tests.conftest import REPOSITORY, TINY_BASE
 
@@ -40,8 +41,8 @@ def tokenizer():
 def standin(monkeypatch, tokenizer):
     """A vLLM whose model writes ANSWER after every prompt."""
     monkeypatch.setattr("nli.vllm_setup.read_gpu_memory", lambda device: None)
-    for name in ("VLLM_LOGGING_LEVEL", "VLLM_NO_USAGE_STATS", "VLLM_DO_NOT_TRACK", "VLLM_USE_FLASHINFER_SAMPLER", "VLLM_WORKER_MULTIPROC_METHOD"):
-        monkeypatch.setenv(name, os.environ.get(name, "spawn" if name.endswith("METHOD") else "1"))
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, os.environ.get(name, value))
     return vllm_standin.install(monkeypatch, lambda ids, adapter: [*after_prompt(tokenizer, ANSWER), tokenizer.eos_token_id])
 
 
@@ -208,6 +209,25 @@ def test_an_engine_that_does_not_start_says_what_to_set(start, standin):
     with pytest.raises(ModelError, match=r"does not start with bf16 .*batch_size.*precision"):
         start()
     assert "NLI_ENGINE_OWNER" not in os.environ
+
+
+def test_vllm_is_given_the_models_class_so_that_it_need_not_look_for_it(start, standin):
+    start()
+    assert standin.registry.models["MistralForCausalLM"] is OrderedDict
+    lost = standin.registry.models["LostForCausalLM"]
+    register_classes(["LostForCausalLM", "MistralForCausalLM"])
+    assert standin.registry.models["LostForCausalLM"] is lost
+
+
+def test_vllm_may_fork_unless_cuda_is_in_use(monkeypatch):
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
+    monkeypatch.setattr("os.path.realpath", lambda file: "/dev/nvidiactl")
+    choose_start()
+    assert "VLLM_WORKER_MULTIPROC_METHOD" not in os.environ
+    monkeypatch.setattr("os.path.realpath", lambda file: "/dev/nvidia-uvm")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
+    choose_start()
+    assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
 
 
 def test_an_adapter_that_vllm_refuses_is_named_at_the_start(start, standin, tmp_path):

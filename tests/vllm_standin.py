@@ -7,6 +7,7 @@ standin.engine.seen  ->  the requests, in their order
 
 import asyncio
 import enum
+import importlib
 import sys
 import types
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 
 MODULES = ("vllm", "vllm.inputs", "vllm.sampling_params", "vllm.lora", "vllm.lora.request", "vllm.engine", "vllm.engine.arg_utils")
 MODULES += ("vllm.v1", "vllm.v1.engine", "vllm.v1.engine.async_llm", "vllm.v1.engine.exceptions")
+MODULES += ("vllm.model_executor", "vllm.model_executor.models", "vllm.model_executor.models.registry")
 
 ARGUMENTS = {
     *(
@@ -88,6 +90,26 @@ class AsyncEngineArgs:
         self.__dict__.update(values)
 
 
+class LazyModel:
+    """A class that the registry knows by its module and name."""
+
+    def __init__(self, module_name: str, class_name: str) -> None:
+        self.module_name, self.class_name = module_name, class_name
+
+    def load_model_cls(self) -> type:
+        return getattr(importlib.import_module(self.module_name), self.class_name)
+
+
+class Registry:
+    """Which class serves an architecture; this one takes any class for a model."""
+
+    def __init__(self) -> None:
+        self.models = {"MistralForCausalLM": LazyModel("collections", "OrderedDict"), "LostForCausalLM": LazyModel("collections", "Lost")}
+
+    def register_model(self, model_arch: str, model_cls: type) -> None:
+        self.models[model_arch] = model_cls
+
+
 class Standin:
     """What the model writes, what fails, and the engine once it is there."""
 
@@ -97,6 +119,7 @@ class Standin:
         self.start_error: Exception | None = None
         self.lora_error: Exception | None = None
         self.engine: AsyncLLM | None = None
+        self.registry = Registry()
 
 
 class AsyncLLM:
@@ -162,8 +185,8 @@ def tokens_input(prompt_token_ids: list[int]) -> dict:
     return {"type": "token", "prompt_token_ids": prompt_token_ids}
 
 
-def install(monkeypatch, write: Callable[[list[int], str | None], list[int]]) -> Standin:
-    """Have `import vllm` find this module's names for the time of a test."""
+def make_modules(write: Callable[[list[int], str | None], list[int]]) -> dict[str, types.ModuleType]:
+    """The modules by their names, with AsyncLLM.standin in front of them."""
     found = {name: types.ModuleType(name) for name in MODULES}
     found["vllm"].__version__ = "0.26.0"
     found["vllm.inputs"].tokens_input = tokens_input
@@ -173,6 +196,12 @@ def install(monkeypatch, write: Callable[[list[int], str | None], list[int]]) ->
     found["vllm.v1.engine.exceptions"].EngineDeadError, found["vllm.v1.engine.exceptions"].EngineGenerateError = EngineDeadError, EngineGenerateError
     AsyncLLM.standin = Standin(write)
     found["vllm.v1.engine.async_llm"].AsyncLLM = AsyncLLM
-    for name, module in found.items():
+    found["vllm.model_executor.models.registry"].ModelRegistry = AsyncLLM.standin.registry
+    return found
+
+
+def install(monkeypatch, write: Callable[[list[int], str | None], list[int]]) -> Standin:
+    """Have `import vllm` find this module's names for the time of a test."""
+    for name, module in make_modules(write).items():
         monkeypatch.setitem(sys.modules, name, module)
     return AsyncLLM.standin
