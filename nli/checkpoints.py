@@ -180,7 +180,10 @@ def resolve_template(model: str, template_file: str = "") -> str:
     Raises DataError for a file that is no template, and ModelError where nobody says what an adapter was trained with, or the file says something else.
     """
     given = read_template(template_file) if template_file else None
-    card = read_card(Path(model)) if Path(model).is_dir() else None
+    folder = Path(model)
+    if not folder.is_dir() and (file := find_hub_file(model, CARD)):
+        folder = file.parent
+    card = read_card(folder) if folder.is_dir() else None
     if card is None:
         if given is None and is_adapter(model):
             cure = "Give the prompt that it was trained with by --prompt-template: a text file with {premise} and {hypothesis} in their places."

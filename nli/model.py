@@ -106,7 +106,7 @@ def keep_weights_in_evaluations(model: "PreTrainedModel") -> None:
 
 
 def multiply_out(model: "PreTrainedModel", device: str) -> "PreTrainedModel":
-    """Replace NF4 weights by what bitsandbytes makes of them in each forward pass, where a GPU has room for that."""
+    """Replace NF4 weights by what bitsandbytes makes of them in each forward pass, where a GPU has room for that. Raises ModelError if that room is lost."""
     import torch
 
     if device.startswith("cuda"):
@@ -115,7 +115,12 @@ def multiply_out(model: "PreTrainedModel", device: str) -> "PreTrainedModel":
         if free < 1.1 * wanted + SPARE_BYTES:
             print(f"model: weights stay in NF4: multiplied out they need {wanted / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free", flush=True)
             return model
-    return model.dequantize(model.dtype)
+    try:
+        return model.dequantize(model.dtype)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ModelError(f"The memory of {device} does not hold the weights multiplied out of NF4 ({first_line(error)}); end what else uses it.") from None
 
 
 def read_longest(model: "PreTrainedModel") -> int | None:

@@ -1,5 +1,6 @@
 """A merged model is the adapter and its base in one folder, held against the adapter row by row before it gets its name."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -15,8 +16,9 @@ from nli.examples import read_examples
 from nli.export import ExportConfig
 from nli.prompts import render_completion
 from nli.sft_data import build_sft_row
-from nli.storage import write_jsonl
+from nli.storage import sha256_file, write_jsonl
 from tests.conftest import REPOSITORY, TINY_BASE
+from tests.test_models import to_bin
 
 
 def make_adapter(folder: Path, quantization: str, scale: float = 0.02) -> Path:
@@ -61,7 +63,7 @@ def merged(adapters, dev_file, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("merged")
     made = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "connected", lambda gpu: __import__("contextlib").nullcontext())
+        patch.setattr(export, "connected", lambda gpu: contextlib.nullcontext())
         patch.setattr(export, "run_worker", lambda job, config: export.export_worker(job | {"device": "cpu"}))
         for form in ("merged_bf16", "merged_nf4"):
             made[form] = export.run(config_of(adapters["nf4"], folder / form, dev_file, form=form))
@@ -71,8 +73,6 @@ def merged(adapters, dev_file, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("form", ["merged_bf16", "merged_nf4"])
 def test_the_folder_is_a_whole_model_in_bf16_that_says_what_it_was_made_of(merged, adapters, form):
-    from nli.storage import sha256_file
-
     folder = merged[form]
     config = json.loads((folder / "config.json").read_text())
     assert config["dtype"] == "bfloat16" and "quantization_config" not in config
@@ -129,6 +129,14 @@ def test_answers_before_and_after_are_compared_by_labels_texts_and_logits(merged
     assert nf4 < bf16  # an adapter that was trained on NF4 is nearer to itself on NF4's weights
     assert plain < bf16  # and one that was not needs none of that
     assert reports["merged_nf4"]["trained_on"] == {"quantization": "nf4", "compute_dtype": "fp32"}
+
+
+def test_an_adapter_in_a_pickled_file_is_merged_too(merged, adapters, dev_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "connected", lambda gpu: contextlib.nullcontext())
+    monkeypatch.setattr(export, "run_worker", lambda job, config: export.export_worker(job | {"device": "cpu"}))
+    pickled = to_bin(adapters["none"], tmp_path / "pickled")
+    folder = export.run(config_of(pickled, tmp_path / "merged", dev_file, check_rows=1, max_new_tokens=2))
+    assert sha256_file(folder / "model.safetensors") == sha256_file(merged["unquantised"] / "model.safetensors")
 
 
 def test_a_merged_model_that_answered_otherwise_is_told_so():

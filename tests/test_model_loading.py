@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from nli.adapter_files import check_shapes
 from nli.checkpoints import read_template
 from nli.errors import ModelError
-from nli.model import load_adapter, load_base, load_with_adapters
+from nli.model import load_adapter, load_base, load_with_adapters, multiply_out
 from nli.prompts import STUDENT_TEMPLATE
 from tests.conftest import TINY_BASE
 
@@ -124,9 +124,13 @@ def test_a_base_that_the_memory_does_not_hold_is_told(monkeypatch):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 112.00 MiB.")
 
+    quantised = load_base(TINY_BASE, "nf4", "bf16", "cpu")
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    monkeypatch.setattr(quantised, "dequantize", fail)
     with pytest.raises(ModelError, match=r"CUDA out of memory.*The memory of cpu does not hold it: take a smaller precision"):
         load_base(TINY_BASE, "none", "bf16", "cpu")
+    with pytest.raises(ModelError, match=r"The memory of cpu does not hold the weights multiplied out of NF4 \(CUDA out of memory"):
+        multiply_out(quantised, "cpu")
 
 
 def test_a_base_of_which_a_part_is_elsewhere_is_not_compared_and_a_torn_config_is_told(tmp_path):

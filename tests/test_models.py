@@ -274,6 +274,18 @@ def test_an_adapter_with_a_hub_name_is_found_in_the_cache_and_a_base_is_none(hub
     assert describe_model("someone/unknown", "") == ("someone/unknown", None)  # whether it is there, check_base asks
 
 
+def test_a_merged_model_with_a_hub_name_answers_with_the_prompt_of_its_card(hub, tmp_path):
+    shutil.copytree(TINY_BASE, tmp_path / "merged")
+    write_card(tmp_path / "merged", TINY_BASE, "none", "fp32", 512)
+    card = read_card(tmp_path / "merged") | {"prompt_template": OTHER_TEMPLATE, "prompt_sha256": prompt_sha256(OTHER_TEMPLATE)}
+    (tmp_path / "merged/nli.json").write_text(json.dumps(card))
+    hub("someone/merged", tmp_path / "merged")
+    assert describe_model("someone/merged", "") == ("someone/merged", None)
+    assert resolve_template("someone/merged") == OTHER_TEMPLATE
+    hub("someone/base", TINY_BASE)
+    assert resolve_template("someone/base") == STUDENT_TEMPLATE
+
+
 def test_a_base_that_is_not_here_is_asked_for(hub, published, tmp_path):
     folder = tmp_path / "adapter"
     shutil.copytree(published["without embeddings"], folder)
