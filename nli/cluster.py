@@ -9,7 +9,9 @@ import inspect
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -52,6 +54,19 @@ def connected(gpu: int | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def keeping_interrupts() -> Iterator[None]:
+    """Give SIGINT back to its handler after the block: Ray Train and Tune take it for themselves and keep it when they have ended, and Ctrl-C would do nothing more."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def check_gpu_choice(gpu: int | None, use_gpu: bool | None = None) -> None:

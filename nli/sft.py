@@ -19,7 +19,7 @@ from pathlib import Path
 
 from nli import preflight, tokenization
 from nli.checkpoints import fingerprint_model, fingerprint_tokenizer, has_work
-from nli.cluster import check_gpu_choice, check_workers_fit, connected, own_error, quiet_ray_data
+from nli.cluster import check_gpu_choice, check_workers_fit, connected, keeping_interrupts, own_error, quiet_ray_data
 from nli.config import as_dict
 from nli.errors import ResumeError, StorageError
 from nli.model import check_base
@@ -167,7 +167,8 @@ def fit(plan: FitPlan, callbacks: Sequence = ()) -> dict:
         ),
     )
     try:
-        trainer.fit()
+        with keeping_interrupts():
+            trainer.fit()
     except Exception as error:
         raise own_error(error) or error from None
     shutil.rmtree(state, ignore_errors=True)

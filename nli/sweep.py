@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal, get_type_hints
 
 from nli.checkpoints import has_work
-from nli.cluster import check_gpu_choice, connected, own_error
+from nli.cluster import check_gpu_choice, connected, keeping_interrupts, own_error
 from nli.config import Count, CountOrZero, Positive, config_class, field_names, nearest
 from nli.errors import ConfigError, NLIError
 from nli.records import Ablation
@@ -207,7 +207,8 @@ def run_trials(plans: Mapping[str, FitPlan], config: SweepConfig, output: Path) 
         ),
         run_config=tune.RunConfig(name="ray_tune", storage_path=str(output), verbose=0),
     )
-    grid = tuner.fit()
+    with keeping_interrupts():
+        grid = tuner.fit()
     reasons = {}
     for name, result in zip(plans, _in_order(grid, list(plans)), strict=True):
         if result is not None and result.error is not None:

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import signal
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
@@ -260,7 +261,9 @@ def test_training_resumes_from_the_newest_checkpoint_that_verifies(sft_files, ad
     (interrupted / "manifest.json").write_text(json.dumps(manifest | {"status": "running"}))
     torn = interrupted / "checkpoint-6" / "optimizer.pt"
     torn.write_bytes(torn.read_bytes()[:-100])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sft.run(train_config(sft_files, interrupted))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # Ray Train would keep Ctrl-C for itself
     result = json.loads((interrupted / "result.json").read_text())
     assert result["resumed_from"].endswith("checkpoint-3")
     assert (interrupted / "damaged-checkpoint-6").is_dir()
