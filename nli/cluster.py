@@ -58,7 +58,7 @@ def connected(gpu: int | None = None) -> Iterator[None]:
 
 @contextmanager
 def keeping_interrupts() -> Iterator[None]:
-    """Give SIGINT back to its handler after the block: Ray Train and Tune take it for themselves and keep it when they have ended, and Ctrl-C would do nothing more."""
+    """Give SIGINT back to its handler after the block: Ray Train and Tune take it for themselves and keep it, and Ctrl-C would do nothing from then on."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
