@@ -303,6 +303,7 @@ class TestWithRay:
         import ray
 
         fake(seconds=0.1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever ran before in this process
         interrupter = threading.Thread(target=lambda: (asked.wait(20), os.kill(os.getpid(), signal.SIGINT)))
         interrupter.start()
         with pytest.raises(KeyboardInterrupt):
