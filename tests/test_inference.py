@@ -298,33 +298,21 @@ class TestWithRay:
         written = json.loads(path.with_suffix(".json").read_text())
         assert written["metrics"] is None and written["counts"]["accuracy"] is None
 
-    def test_after_an_interrupt_and_a_killed_driver_the_same_command_asks_only_for_what_was_in_flight(self, config, fake, asked):
-        import psutil
+    def test_after_a_killed_driver_the_same_command_asks_only_for_what_was_in_flight(self, config, fake, asked):
         import ray
 
         fake(seconds=0.1)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever ran before in this process
-        interrupter = threading.Thread(target=lambda: (asked.wait(20), os.kill(os.getpid(), signal.SIGINT)))
-        interrupter.start()
-        with pytest.raises(KeyboardInterrupt):
-            inference.run(config)
-        interrupter.join()
-        until = time.monotonic() + 20
-        while any(map(psutil.pid_exists, asked.processes())):  # they do not work on for nobody
-            assert time.monotonic() < until
-            time.sleep(0.05)
-        num_first = len(asked.lines())
         settings = {name: getattr(config, name) for name in ("model", "data", "results_dir", *RUN)}
         command = [sys.executable, "-m", "tests.inference_driver", json.dumps(settings), json.dumps({"log": str(asked.path), "seconds": 0.1})]
         environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-        second = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        asked.wait(num_first + 30)
-        os.kill(second.pid, signal.SIGKILL)
-        second.wait()
+        driver = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        asked.wait(30)
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait()
         check_complete(inference.run(config))
         counts = asked.count()
-        assert len(counts) == NUM_ROWS and max(counts.values()) <= 3
-        assert sum(count - 1 for count in counts.values()) <= 2 * (2 * 8 + 4)  # two engines of eight rows, and what was not stored yet, twice
+        assert len(counts) == NUM_ROWS and max(counts.values()) <= 2
+        assert sum(count - 1 for count in counts.values()) <= 2 * (2 * 8 + 4)  # two engines of eight rows, not stored yet, and again until Ray sees the driver's death
 
 
 def make_adapter(folder: Path) -> None:
