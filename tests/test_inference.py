@@ -312,7 +312,7 @@ class TestWithRay:
         check_complete(inference.run(config))
         counts = asked.count()
         assert len(counts) == NUM_ROWS and max(counts.values()) <= 2
-        assert sum(count - 1 for count in counts.values()) <= 2 * (2 * 8 + 4)  # two engines of eight rows and what is not stored yet, and again until Ray notices
+        assert sum(count - 1 for count in counts.values()) <= 2 * (2 * 8 + 4)  # two engines of eight rows, not stored yet, and again until Ray notices
 
 
 def make_adapter(folder: Path) -> None:
