@@ -30,7 +30,7 @@ from nli.parsing import ParseStatus, parse_answer
 from nli.prompts import render_completion
 from nli.tokenization import encode_prompt, load_tokenizer
 from nli.vllm_adapters import describe_adapter, prepare_adapter
-from nli.vllm_setup import OWNER, USUAL_LENGTH, build_arguments, choose_start, register_classes, set_environment, share_of_memory
+from nli.vllm_setup import OWNER, USUAL_LENGTH, build_arguments, choose_start, register_classes, set_environment, share_of_memory, warm_up_with
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
@@ -119,6 +119,9 @@ class VLLMEngine:
         self._batch_size = arguments["max_num_seqs"]
         register_classes(config.architectures or ())
         choose_start()
+        decoding = settings.decoding
+        reads_labels = decoding.label_probability or decoding.force_label or decoding.no_cot
+        warm_up_with(self._parameters(temperature=decoding.temperature, max_tokens=2, logprob_token_ids=[0, 1] if reads_labels else None))
         from vllm.lora.request import LoRARequest
 
         self._loras = {

@@ -32,7 +32,7 @@ ARGUMENTS = {
         "max_num_batched_tokens",
     ),
     *("cudagraph_capture_sizes", "gpu_memory_utilization", "enable_prefix_caching", "scheduling_policy", "distributed_executor_backend"),
-    *("worker_extension_cls", "disable_log_stats", "enable_log_requests", "use_tqdm_on_load", "device_ids"),
+    *("compilation_config", "worker_extension_cls", "disable_log_stats", "enable_log_requests", "use_tqdm_on_load", "device_ids"),
     *("enable_lora", "max_loras", "max_cpu_loras", "max_lora_rank", "lora_target_modules"),
 }
 
@@ -60,6 +60,10 @@ class SamplingParams:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}.")
         if not 0.0 <= self.temperature <= 2.0:
             raise ValueError(f"temperature must be in [0, 2], got {self.temperature}.")
+
+    @staticmethod
+    def for_sampler_warmup() -> "SamplingParams":
+        return SamplingParams(temperature=0.9)
 
 
 @dataclass(frozen=True)
