@@ -103,7 +103,8 @@ class LimiterClient:
             while self._wants or self._ended or self._held or self._num_free or self._is_thought_busy:
                 wait = await self._step()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), wait)
+                    async with asyncio.timeout(wait):
+                        await self._wake.wait()
                     await asyncio.sleep(0.01)  # others that come with it
         except Exception as error:  # none is expected; whoever waits must not wait for ever
             waiting = [future for _, future in self._wants if not future.done()]
@@ -152,7 +153,7 @@ class LimiterClient:
             num_ended, num_alone = len(self._ended), len(self._let_go_alone)
             try:
                 ended = [_age(each, now - at) for at, each in self._ended]
-                answer = await asyncio.wait_for(self._sync(self.worker, wants, ended, *self._under_way(), num_alone, self._version, self._limits), SYNC_SECONDS)
+                answer = await self._sync_in_time(wants, ended, num_alone)
             except Exception:  # the actor died, or its node: whatever it is, the worker goes on by itself
                 self._probed_at = self._clock()
                 if self._own is None:
@@ -176,6 +177,11 @@ class LimiterClient:
                 self._ended.popleft()
         return grants
 
+    async def _sync_in_time(self, wants: list[int], ended: list[Ended], num_alone: int) -> tuple[Grants, float, Limits]:
+        # Not wait_for: Python 3.11's swallows a cancellation that comes with the answer, and the loop would go on for ever.
+        async with asyncio.timeout(SYNC_SECONDS):
+            return await self._sync(self.worker, wants, ended, *self._under_way(), num_alone, self._version, self._limits)
+
     def _under_way(self) -> tuple[dict[int, int], int]:
         return {number: tokens for number, (tokens, _) in self._held.items()}, self._num_free
 
@@ -184,8 +190,7 @@ class LimiterClient:
         now = self._clock()
         if self._probe is None and now - self._probed_at >= 1.0:
             self._probed_at = now
-            probing = self._sync(self.worker, [], [], *self._under_way(), 0, self._version, self._limits)
-            self._probe = asyncio.get_running_loop().create_task(asyncio.wait_for(probing, SYNC_SECONDS))
+            self._probe = asyncio.get_running_loop().create_task(self._sync_in_time([], [], 0))
             self._probe.add_done_callback(self._note_probe)
         if self._probe is None or not self._probe.done():
             return False

@@ -401,6 +401,26 @@ def test_an_error_inside_the_loop_reaches_who_waits_instead_of_letting_them_wait
     assert [type(error) for error in simulate(run())] == [ValueError] * 2
 
 
+@pytest.mark.parametrize("turns", range(6))
+def test_the_loop_ends_when_it_is_cancelled_just_as_an_answer_or_a_wake_up_comes(turns):
+    async def run():
+        loop = asyncio.get_running_loop()
+        limiter = Limiter(Limits(requests_per_minute=605))
+        client = limiter.client()
+        await client.acquire(10)  # under way for good: the loop has something to look after
+        await asyncio.sleep(0.5)
+        client._wake.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        client._task.cancel()
+        until = loop.time() + 30
+        while not client._task.done() and loop.time() < until:
+            await asyncio.sleep(0.1)
+        return client._task.cancelled()
+
+    assert simulate(run())
+
+
 def test_an_account_is_its_server_however_the_address_is_written_and_its_key_which_the_name_does_not_show():
     name = account_name("https://api.mistral.ai", "secret-key")
     assert name == account_name("https://api.mistral.ai/v1/", "secret-key")
