@@ -4,7 +4,7 @@ set_environment()
 build_arguments(settings, adapters=(), longest=32768, memory_share=0.9)  ->  {"model": "mistralai/Mistral-7B-v0.3", "dtype": "bfloat16", "max_num_seqs": 1024}
 """
 
-import glob
+import ctypes
 import logging
 import os
 import shutil
@@ -29,6 +29,7 @@ MOST_LORAS = 8  # in GPU memory at once; others wait in the host's memory
 # Of the GPU's memory, weights, activations and KV cache together. What is left holds the CUDA context and what fragments, which vLLM does not count.
 MEMORY_SHARE = 0.90
 SPARE_MIB = 2048  # left free where other processes use the GPU too
+_NOT_INITIALIZED = 3  # CUDA_ERROR_NOT_INITIALIZED of the CUDA driver API
 
 QUANTIZATION = {"bf16": None, "fp8": "fp8", "nf4": "bitsandbytes"}
 
@@ -47,12 +48,18 @@ def set_environment() -> None:
 
 
 def choose_start() -> None:
-    """Have vLLM start its engine's process by a fork, unless CUDA is in use here, which no fork can take along.
-
-    vLLM looks whether torch uses it. Whatever else does has the driver's memory device open, which asking for a GPU's name or memory does not open.
-    """
-    if any(os.path.realpath(file) == "/dev/nvidia-uvm" for file in glob.glob("/proc/self/fd/*")):
+    """Have vLLM start its engine's process by a fork, unless CUDA is in use here, which no fork can take along. vLLM asks torch alone whether it is."""
+    if is_cuda_started():
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+
+
+def is_cuda_started() -> bool:
+    """Whether anything in this process has started CUDA: until then its driver refuses to count devices."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) != _NOT_INITIALIZED
 
 
 def register_classes(architectures: Iterable[str]) -> None:

@@ -219,15 +219,27 @@ def test_vllm_is_given_the_models_class_so_that_it_need_not_look_for_it(start, s
     assert standin.registry.models["LostForCausalLM"] is lost
 
 
-def test_vllm_may_fork_unless_cuda_is_in_use(monkeypatch):
-    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
-    monkeypatch.setattr("os.path.realpath", lambda file: "/dev/nvidiactl")
-    choose_start()
-    assert "VLLM_WORKER_MULTIPROC_METHOD" not in os.environ
-    monkeypatch.setattr("os.path.realpath", lambda file: "/dev/nvidia-uvm")
+class Driver:
+    """The CUDA driver, as far as a process asks it for its devices."""
+
+    def __init__(self, status) -> None:
+        self.status = status
+
+    def cuDeviceGetCount(self, count):  # noqa: N802
+        return self.status
+
+
+@pytest.mark.parametrize(("status", "method"), [(None, "fork"), (3, "fork"), (0, "spawn"), (100, "spawn")])
+def test_vllm_may_fork_unless_cuda_is_in_use(monkeypatch, status, method):
+    def find(name):
+        if status is None:
+            raise OSError(f"{name}: cannot open shared object file")
+        return Driver(status)
+
+    monkeypatch.setattr("ctypes.CDLL", find)
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
     choose_start()
-    assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+    assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == method
 
 
 def test_an_adapter_that_vllm_refuses_is_named_at_the_start(start, standin, tmp_path):
