@@ -101,11 +101,12 @@ class Product:
         recipe = ["--config", "configs/train/ablation2.py", "--base-model", base, "--output-dir", "models/tiny", *DEMO, "--no-wandb"]
         placed = ["--use-gpu", "False"] if cpu else []
         self.submit("train_sft", *recipe, *placed, *steps)
-        engines = {"tiny-transformers-nf4": ("transformers", "nf4"), "tiny-vllm-bf16": ("vllm", "bf16"), "tiny-vllm-nf4": ("vllm", "nf4")}
         done = []
-        for name, (engine, precision) in engines.items():
+        for name in self.arguments.engines:
+            engine, precision = name.split("-")
             if cpu and engine == "vllm":
                 continue
+            name = f"tiny-{name}"
             settings = ["--engine", engine, "--precision", precision, *(["--compute-dtype", "fp32"] if engine == "transformers" else [])]
             answering = ["--model", "models/tiny", "--base-model", base, "--data", "data/sample/test.csv", "--run-name", name, "--max-new-tokens", 96]
             with self.going_on():
@@ -198,6 +199,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=("tiny", "seven-b"))
     parser.add_argument("--folder", type=Path, default=Path("/tmp/nli-product"))
     parser.add_argument("--base", default="", help="of seven-b: a base that benchmarks.inference made; default: made here")
+    parser.add_argument("--engines", nargs="+", default=["transformers-nf4", "vllm-bf16", "vllm-nf4"], help="that answer the test rows of tiny")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--steps", type=int, default=0, help="training steps; default: tiny as in the demo, seven-b 40")
     parser.add_argument("--budget", type=float, default=585)

@@ -225,7 +225,7 @@ class Driver:
     def __init__(self, status) -> None:
         self.status = status
 
-    def cuDeviceGetCount(self, count):  # noqa: N802
+    def cuDeviceGetCount(self, count):
         return self.status
 
 
@@ -256,7 +256,8 @@ def test_arguments_follow_the_settings():
     assert (small["max_num_seqs"], small["max_num_batched_tokens"], small["max_model_len"]) == (2, 1024, 512)
     assert (small["quantization"], small["device_ids"], small["max_lora_rank"]) == ("bitsandbytes", [1], 64)
     few, many = (build_arguments(replace(SETTINGS, num_requests=number), [], 512, 0.9) for number in (1977, 200_000))
-    assert few["compilation_config"]["mode"] == "none" and "compilation_config" not in many | arguments
+    assert few["compilation_config"] == {"mode": "none", "cudagraph_mode": "full_decode_only"}
+    assert "compilation_config" not in many | arguments
     with pytest.raises(ModelError, match="fp32"):
         build_arguments(replace(SETTINGS, precision="fp32"), [], 512, 0.9)
     with pytest.raises(ModelError, match="computes in bf16"):
