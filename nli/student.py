@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nli.answers import derive_seed, to_answer, to_failed
-from nli.desk import Work
+from nli.desk import Work, ask, ask_now
 from nli.engines import Engine, EngineSettings, Generation, Request
 from nli.errors import EngineDead, ModelError, NLIError
 from nli.prompts import render_prompt
@@ -63,7 +63,7 @@ class Student:
         self._desk, self._asking = desk, asking
         self._worker = ray.get_runtime_context().get_actor_id()
         self._start = f"{os.getpid()} at {time.time()}"
-        reason = _unwrap(ray.get(desk.begin.remote(self._worker, describe_log(), self._start)))
+        reason = ask_now(desk.begin.remote(self._worker, describe_log(), self._start, ray.get_runtime_context().get_node_id()))
         if reason:
             raise ModelError(f"The engine {engine_name} cannot work: {reason}")
         self._engine = None
@@ -107,7 +107,7 @@ class Student:
         try:
             while self._tickets:
                 room = sum(ticket.num_left for ticket in self._tickets) - self._num_running
-                work = _unwrap(await self._desk.take.remote(self._worker, room, self._start)) if room > 0 else []
+                work = await ask(self._desk.take.remote(self._worker, room, self._start, self._num_running)) if room > 0 else []
                 for item in work or ():
                     self._num_running += 1
                     task = asyncio.get_running_loop().create_task(self._answer(Work(*item)))
@@ -118,8 +118,9 @@ class Student:
                     return
                 self._changed.clear()
                 is_short = room > len(work or ())
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), ASK_AGAIN_SECONDS if is_short else None)
+                with contextlib.suppress(TimeoutError):  # not wait_for, which in Python 3.11 swallows a cancellation that comes with the change
+                    async with asyncio.timeout(ASK_AGAIN_SECONDS if is_short else None):
+                        await self._changed.wait()
         except Exception as error:  # every ticket's caller learns of it
             self._end_tickets(error)
 
@@ -160,7 +161,7 @@ class Student:
             # In a thread: an engine in another process answers between two of its steps, and rows come in meanwhile.
             self._figures = {"engine": self._engine.description, **await asyncio.to_thread(self._engine.figures)}
             self._figures_at = time.monotonic()
-        _unwrap(await self._desk.put.remote(self._worker, list(finished), self._figures))
+        await ask(self._desk.put.remote(self._worker, list(finished), self._figures))
         return [None] * len(finished)
 
     async def _die(self, reason: str) -> None:
@@ -209,9 +210,3 @@ def _dump(answer: Mapping) -> str:
     text = json.dumps(answer, ensure_ascii=False)
     text.encode()
     return text
-
-
-def _unwrap(answer):
-    if isinstance(answer, NLIError):
-        raise answer
-    return answer
