@@ -28,6 +28,7 @@ GATHER_SECONDS = 0.005  # answers of several workers that come within so long ar
 LOOK_SECONDS = 2.0  # between two looks at the cluster's machines
 SILENT_SECONDS = 60.0  # nobody waits for the rows of a worker that was not heard of for so long
 IDLE_SECONDS = 60.0  # without any worker, until a line says so, and between two such lines
+STALLED_SECONDS = 600.0  # the same where no row ends
 
 
 class Work(NamedTuple):
@@ -61,7 +62,7 @@ class Desk:
         self._given_up: dict[int, str] = {}  # rows with the reason, until that is stored
         self._machines: dict[str, str] = {}  # of the workers
         self._heard_at: dict[str, float] = {}  # of the workers
-        self._staffed_at = time.monotonic()  # when there was a worker, last
+        self._staffed_at = self._moved_at = time.monotonic()  # when there was a worker, and when a row ended, last
         self._watch: asyncio.Task | None = None
 
     async def begin(self, worker: str, log: str, start: str, machine: str = "") -> str | NLIError | None:
@@ -135,6 +136,7 @@ class Desk:
             self._leases.finish(worker, [item[0] for item in items])
             self._num_tokens += sum(item[4] for item in items)
         self._last_at = time.time()
+        self._moved_at = time.monotonic()
         return [None] * len(posts)
 
     def _find_stored(self, work: Sequence[Work]) -> set[int]:
@@ -172,6 +174,10 @@ class Desk:
             elif now - self._staffed_at >= IDLE_SECONDS:
                 self._staffed_at = now
                 print("inference: no worker: the cluster has no place for one. Add a machine, or stop; the same command goes on with this run.", flush=True)
+            if now - self._moved_at >= STALLED_SECONDS and self._leases.num_alive and not self._leases.is_done:
+                self._moved_at = now
+                logs = "; ".join(self._leases.list_logs())
+                print(f"inference: no row has ended for {STALLED_SECONDS / 60:.0f} minutes. What the workers say: {logs}", flush=True)
 
     async def _bury_lost(self) -> None:
         """Bury the workers whose machine has left the cluster."""

@@ -60,6 +60,10 @@ class Leases:
         """How many workers have begun and are not known to be dead."""
         return sum(worker.is_alive for worker in self._workers.values())
 
+    def list_logs(self) -> list[str]:
+        """Where the workers that are alive write what they say."""
+        return [worker.log for worker in self._workers.values() if worker.is_alive]
+
     def list_holders(self) -> list[str]:
         """The workers with rows in their hands."""
         return [name for name, worker in self._workers.items() if worker.held]

@@ -25,6 +25,7 @@ from nli.services import Gatherer
 PUT_SECONDS = 0.02  # answers that finish within so long travel together; a row is on disk within 50 ms of its end
 ASK_AGAIN_SECONDS = 0.05  # between two requests for rows where the desk gave fewer than there is room for
 FIGURES_SECONDS = 1.0
+BURY_SECONDS = 10.0  # for the desk to learn why this process ends
 TICKETS_AT_ONCE = 13  # of one worker: all but one are always whole
 MOST_TICKETS = 500  # of one run, as far as its length goes: each costs Ray Data some milliseconds
 
@@ -172,7 +173,8 @@ class Student:
         print(f"inference: the engine is dead ({reason}); this worker starts again", flush=True)
         try:
             await asyncio.sleep(3 * PUT_SECONDS)  # what is finished is stored
-            await self._desk.bury.remote(self._worker, reason)
+            async with asyncio.timeout(BURY_SECONDS):
+                await self._desk.bury.remote(self._worker, reason)
         finally:
             os._exit(1)
 

@@ -467,7 +467,7 @@ def test_a_desk_that_follows_a_dead_one_counts_on_and_counts_a_row_once(open_des
     asyncio.run(run())
 
 
-def test_a_run_without_any_worker_says_so(open_desk, monkeypatch, capsys):
+def test_a_run_without_any_worker_or_without_progress_says_so(open_desk, monkeypatch, capsys):
     monkeypatch.setattr("nli.desk.LOOK_SECONDS", 0.01)
     monkeypatch.setattr("nli.desk.IDLE_SECONDS", 0.1)
 
@@ -476,11 +476,14 @@ def test_a_run_without_any_worker_says_so(open_desk, monkeypatch, capsys):
         await desk.describe()
         await asyncio.sleep(0.3)
         assert "inference: no worker: the cluster has no place for one. Add a machine, or stop" in capsys.readouterr().out
-        await desk.begin("a", "log", "a1")
+        await desk.begin("a", "/logs/a.err on here", "a1")
         await asyncio.sleep(0.1)
         capsys.readouterr()
         await asyncio.sleep(0.3)
         assert capsys.readouterr().out == ""
+        monkeypatch.setattr("nli.desk.STALLED_SECONDS", 0.1)
+        await asyncio.sleep(0.2)
+        assert "inference: no row has ended for 0 minutes. What the workers say: /logs/a.err on here\n" in capsys.readouterr().out
 
     asyncio.run(run())
 

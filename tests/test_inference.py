@@ -460,6 +460,17 @@ def test_a_worker_s_loop_ends_when_it_is_cancelled_just_as_a_row_ends(turns):
     assert asyncio.run(cancel())
 
 
+def test_a_worker_with_a_dead_engine_ends_though_the_desk_does_not_answer(monkeypatch):
+    student, exits = object.__new__(Student), []
+    student._is_dying, student._worker = False, "worker"
+    student._desk = SimpleNamespace(bury=SimpleNamespace(remote=lambda *_: asyncio.sleep(60)))
+    monkeypatch.setattr("nli.student.os._exit", exits.append)
+    monkeypatch.setattr("nli.student.BURY_SECONDS", 0.05)
+    with pytest.raises(TimeoutError):
+        asyncio.run(student._die("the device is gone"))
+    assert exits == [1]
+
+
 def test_a_gpu_that_this_machine_does_not_have_is_refused(config, monkeypatch):
     monkeypatch.setattr("nli.cluster.finds_cluster", lambda: False)
     monkeypatch.setattr("nli.cluster.list_gpus", lambda: ["NVIDIA H100", "NVIDIA H100"])
