@@ -88,7 +88,8 @@ class AnswerStore:
 
     def count_since(self, moment: float) -> tuple[int, int, float | None]:
         """(rows, tokens written, when the first was stored) of what was stored since."""
-        query = "SELECT COUNT(*), TOTAL(json_extract(answer, '$.num_completion_tokens')), MIN(stored_at) FROM answers WHERE stored_at >= ?"
+        tokens = "CASE WHEN json_valid(answer) THEN json_extract(answer, '$.num_completion_tokens') END"
+        query = f"SELECT COUNT(*), TOTAL({tokens}), MIN(stored_at) FROM answers WHERE stored_at >= ?"
         with self._explaining():
             rows, tokens, first = self._db.execute(query, (moment,)).fetchone()
         return rows, int(tokens), first

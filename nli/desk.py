@@ -13,19 +13,19 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from nli.answer_store import AnswerStore
 from nli.answers import to_failed
 from nli.errors import NLIError, StorageError
-from nli.leases import Leases
+from nli.leases import ENDED, Leases
 from nli.services import Gatherer
 from nli.worklist import count_pending, read_pending_work
 
 GATHER_SECONDS = 0.005  # answers of several workers that come within so long are flushed together
-LOOK_SECONDS = 2.0  # between two looks at the cluster's machines
+LOOK_SECONDS = 2.0  # between two looks at the cluster's machines, and at workers that were not heard of for so long
 SILENT_SECONDS = 60.0  # nobody waits for the rows of a worker that was not heard of for so long
 IDLE_SECONDS = 60.0  # without any worker, until a line says so, and between two such lines
 STALLED_SECONDS = 600.0  # the same where no row ends
@@ -168,6 +168,7 @@ class Desk:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             await self._bury_lost()
+            await self._bury_ended()
             now = time.monotonic()
             if self._leases.num_alive or self._leases.is_done:
                 self._staffed_at = now
@@ -193,12 +194,29 @@ class Desk:
                 del self._machines[worker]
                 self._leases.bury(worker, "its machine is gone", machine_lost=True)
 
+    async def _bury_ended(self) -> None:
+        """Bury the workers whose process has ended with rows in its hands and whose next one waits for a place, which another worker may have taken."""
+        since = time.monotonic() - LOOK_SECONDS
+        silent = {worker: start for worker, start in self._leases.list_holders().items() if self._heard_at[worker] < since}
+        with contextlib.suppress(Exception):  # the cluster's head does not answer: nothing is known
+            for worker in await asyncio.to_thread(list_ended, silent):
+                if self._leases.list_holders().get(worker) == silent[worker]:
+                    self._leases.bury(worker, ENDED)
+                    self._store_given_up()
+
 
 def list_machines() -> set[str]:
     """The ids of the machines in the cluster."""
     import ray
 
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def list_ended(workers: Iterable[str]) -> list[str]:
+    """Those of the workers that have no process that could work: one that is about to start has no rows yet."""
+    from ray._private.state import actors
+
+    return [worker for worker in workers if actors(worker).get("State") in ("RESTARTING", "DEAD")]
 
 
 async def ask(call: Awaitable) -> object:

@@ -15,6 +15,7 @@ Rows that came back with a machine, or in a reply that never arrived, are no sus
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+ENDED = "its process ended without a word"
 MOST_STARTS = 3  # of a worker that finishes no row between them
 FEWEST_SHARED = 32  # rows a worker may hold, however little is left to share
 COHORTS = {1: 128, 2: 16, 3: 2}  # rows taken together that have seen so many deaths; 1 beyond
@@ -64,15 +65,15 @@ class Leases:
         """Where the workers that are alive write what they say."""
         return [worker.log for worker in self._workers.values() if worker.is_alive]
 
-    def list_holders(self) -> list[str]:
-        """The workers with rows in their hands."""
-        return [name for name, worker in self._workers.items() if worker.held]
+    def list_holders(self) -> dict[str, str]:
+        """The workers with rows in their hands, with the start that has them."""
+        return {name: worker.start for name, worker in self._workers.items() if worker.held}
 
     def begin(self, worker: str, log: str, start: str = "") -> str | None:
         """A worker starts, perhaps again; `start` tells its starts apart. Returns why it must not, if its earlier starts led to nothing."""
         before = self._workers.get(worker)
         if before is not None and before.is_alive:
-            self.bury(worker, "its process ended without a word")
+            self.bury(worker, ENDED)
             before = self._workers[worker]
         num_fruitless = before.num_fruitless if before else 0
         if num_fruitless >= MOST_STARTS:

@@ -358,7 +358,7 @@ def test_rows_of_a_lost_machine_or_of_a_reply_that_never_arrived_are_no_suspects
     leases.finish("b", [51])  # on its way when the machine was lost
     leases.finish("a", range(1, 41))
     assert leases.take("a", 50) == list(range(52, 92))  # beside other rows
-    assert leases.list_holders() == ["a"] and leases.num_alive == 1
+    assert list(leases.list_holders()) == ["a"] and leases.num_alive == 1
     for _ in range(MOST_STARTS):  # machines may go as often as they like
         assert leases.begin("b", "log") is None
         leases.bury("b", "its machine is gone", machine_lost=True)
@@ -434,6 +434,29 @@ def test_a_worker_waits_for_the_last_rows_of_others_and_takes_them_when_their_ma
         await desk.put("a", post(again), {})
         assert await desk.take("b", 3, "b2", 0) is None and await desk.take("a", 3, "a1", 0) is None
         assert await desk.begin("c", "log", "c1", "here") == ""
+        assert (await desk.describe())["deaths"] == 1
+
+    asyncio.run(run())
+
+
+def test_rows_of_a_process_that_ended_are_for_others_though_it_finds_no_place_to_start_again(open_desk, monkeypatch):
+    ended = []
+    monkeypatch.setattr("nli.desk.LOOK_SECONDS", 0.02)
+    monkeypatch.setattr("nli.desk.list_ended", lambda workers: [worker for worker in workers if worker in ended])
+
+    async def run() -> None:
+        desk = open_desk()
+        mine, others = await desk.take("a", 3, "a1", 0), await desk.take("b", 3, "b1", 0)
+        await desk.put("a", post(mine), {})
+        await asyncio.sleep(0.1)
+        assert await desk.take("a", 3, "a1", 0) == []  # b is silent, and at work
+        ended.append("b")
+        await asyncio.sleep(0.1)
+        again = []
+        while work := await desk.take("a", 3, "a1", 0):  # they are suspects now
+            again += work
+            await desk.put("a", post(work), {})
+        assert again == others and work is None
         assert (await desk.describe())["deaths"] == 1
 
     asyncio.run(run())
