@@ -159,8 +159,9 @@ class Student:
 
     async def _put(self, finished: Sequence[tuple]) -> list[None]:
         if time.monotonic() - self._figures_at > FIGURES_SECONDS or not self._num_running - len(finished):
-            # In a thread: an engine in another process answers between two of its steps, and rows come in meanwhile.
-            self._figures = {"engine": self._engine.description, **await asyncio.to_thread(self._engine.figures)}
+            with contextlib.suppress(Exception):  # a figure is not worth the rows
+                # In a thread: an engine in another process answers between two of its steps, and rows come in meanwhile.
+                self._figures = {"engine": self._engine.description, **await asyncio.to_thread(self._engine.figures)}
             self._figures_at = time.monotonic()
         await ask(self._desk.put.remote(self._worker, list(finished), self._figures))
         return [None] * len(finished)

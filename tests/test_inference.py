@@ -460,6 +460,14 @@ def test_a_worker_s_loop_ends_when_it_is_cancelled_just_as_a_row_ends(turns):
     assert asyncio.run(cancel())
 
 
+def test_rows_are_stored_though_an_engine_cannot_tell_its_figures():
+    student, stored = object.__new__(Student), []
+    student._worker, student._num_running, student._figures, student._figures_at = "worker", 1, {}, 0.0
+    student._engine = SimpleNamespace(description="fake 1.0", figures=lambda: 1 / 0)
+    student._desk = SimpleNamespace(put=SimpleNamespace(remote=lambda worker, rows, figures: asyncio.sleep(0, stored.extend(rows))))
+    assert asyncio.run(student._put([("row",)])) == [None] and stored == [("row",)]
+
+
 def test_a_worker_with_a_dead_engine_ends_though_the_desk_does_not_answer(monkeypatch):
     student, exits = object.__new__(Student), []
     student._is_dying, student._worker = False, "worker"
