@@ -54,22 +54,23 @@ class AnswerStore:
         if found != "ok":
             raise StorageError(self._cure(found))
 
-    def put(self, entries: Iterable[Entry]) -> None:
-        """Store finished rows in one transaction. A good answer is never replaced, a failed one by any."""
+    def put(self, entries: Iterable[Entry]) -> int:
+        """Store finished rows in one transaction; returns how many. A good answer is never replaced, a failed one by any."""
         now = time.time()
         with self._explaining():
             self._db.execute("BEGIN IMMEDIATE")
             try:
-                self._db.executemany(
+                stored = self._db.executemany(
                     "INSERT INTO answers VALUES (?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET "
                     "failed = excluded.failed, answer = excluded.answer, stored_at = excluded.stored_at WHERE failed",
                     ((key, int(failed), answer, now) for key, failed, answer in entries),
-                )
+                ).rowcount
                 self._db.execute("COMMIT")
             except BaseException:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
+        return stored
 
     def find_done(self, keys: Sequence[str], failed_since: float | None = None) -> set[str]:
         """Those of the keys that have an answer; a failed one counts only if it was stored after `failed_since`."""
@@ -84,6 +85,14 @@ class AnswerStore:
         """How many rows are stored."""
         with self._explaining():
             return self._db.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
+
+    def count_since(self, moment: float) -> tuple[int, int, float | None]:
+        """(rows, tokens written, when the first was stored) of what was stored since."""
+        tokens = "CASE WHEN json_valid(answer) THEN json_extract(answer, '$.num_completion_tokens') END"
+        query = f"SELECT COUNT(*), TOTAL({tokens}), MIN(stored_at) FROM answers WHERE stored_at >= ?"
+        with self._explaining():
+            rows, tokens, first = self._db.execute(query, (moment,)).fetchone()
+        return rows, int(tokens), first
 
     def read_in(self, output: Path) -> None:
         """Take over the rows of a finished output, all or none. Raises DataError for a line that is none."""

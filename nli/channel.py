@@ -13,6 +13,7 @@ import os
 import queue
 import socket
 import threading
+import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -53,7 +54,7 @@ class Channel:
 
     def _write(self) -> None:
         batch: list = []
-        with contextlib.suppress(OSError):
+        try:
             while _END not in batch:
                 batch = [self._outgoing.get()]
                 while len(batch) < _MOST_AT_ONCE and not self._outgoing.empty():
@@ -61,4 +62,10 @@ class Channel:
                 messages = [message for message in batch if message is not _END]
                 if messages:
                     self._connection.send(messages)
-            self._socket.shutdown(socket.SHUT_WR)
+        except OSError:  # the other end is gone
+            pass
+        except Exception:  # a message that cannot be written: the other end would wait for it for ever
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_WR)

@@ -195,6 +195,7 @@ def quiet_ray_data() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1  # a slow account, or a long batch, is no fault
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0  # of an actor's calls at work; queues of `spread` never reach Ray Data's 1.75
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal").setLevel(logging.ERROR)
 

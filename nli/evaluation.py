@@ -13,7 +13,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
-from itertools import combinations
 from pathlib import Path
 from typing import Annotated
 
@@ -22,16 +21,12 @@ from pydantic import Field
 from nli.config import Count, CountOrZero, config_class, nearest
 from nli.errors import ConfigError, DataError
 from nli.parsing import ParseStatus
-from nli.records import Answer, content_hash, is_correct, row_key
+from nli.picks import pick_disagreements, pick_unparsed, shorten
+from nli.records import Answer, row_key
 from nli.runs import start_run
 from nli.storage import read_jsonl, resolve_input, resolve_output, write_atomic
 
-SMALL_SLICE = 20
-"""a slice of fewer rows is marked as too small to read anything from"""
 MOST_GROUPS = 50
-NUM_EXAMPLES = 8
-MOST_CHARACTERS = 600
-"""of one raw text shown as an example"""
 _PACKAGES = ("numpy", "scipy", "scikit-learn", "matplotlib", "jinja2")
 
 
@@ -123,148 +118,6 @@ def align_runs(files: Mapping[str, Path]) -> dict[str, list[dict]]:
     return {name: [rows[key] for key in first] for name, rows in indexed.items()}
 
 
-def to_labels(rows: Iterable[Mapping]) -> tuple[list[int], list[int]]:
-    """True and predicted labels of the labelled rows; metrics.UNPARSED where an answer could not be read."""
-    from nli.metrics import UNPARSED
-
-    labelled = [row for row in rows if row["true_label"] is not None]
-    return [row["true_label"] for row in labelled], [row["predicted_label"] if row["parse_status"] == ParseStatus.OK else UNPARSED for row in labelled]
-
-
-def score_run(name: str, rows: Sequence[Mapping], config: EvaluatePredictionsConfig) -> dict:
-    """One line of the result table: unparsed answers first, then the figures of nli.metrics.score_answers."""
-    import numpy as np
-
-    from nli.metrics import score_answers, wilson_interval
-
-    statuses = Counter(row["parse_status"] for row in rows)
-    parsed = statuses[ParseStatus.OK]
-    positive = sum(row["predicted_label"] == 1 for row in rows if row["parse_status"] == ParseStatus.OK)
-    low, high = wilson_interval(positive, parsed, config.confidence) if parsed else (None, None)
-    truth, predicted = (np.array(labels, dtype=int) for labels in to_labels(rows))
-    return {
-        "run": name,
-        "n": len(rows),
-        "unparsed": len(rows) - parsed,
-        "statuses": {str(status): statuses[status] for status in [*ParseStatus, *sorted(set(statuses) - set(ParseStatus))] if statuses[status]},
-        "predicted_1": positive,
-        "share_1": positive / parsed if parsed else None,
-        "share_1_low": low,
-        "share_1_high": high,
-        **score_answers(truth, predicted, config.confidence, config.bootstrap_draws, config.random_seed),
-    }
-
-
-def compare_runs(runs: Mapping[str, Sequence[Mapping]], config: EvaluatePredictionsConfig) -> list[dict]:
-    """Each run against the baseline, or each pair (the later run less the earlier), with p values adjusted over all of them."""
-    import numpy as np
-
-    from nli.metrics import adjust_holm, compare_answers
-
-    pairs = [(name, config.baseline) for name in runs if name != config.baseline] if config.baseline else [(b, a) for a, b in combinations(runs, 2)]
-    labels = {name: tuple(np.array(part, dtype=int) for part in to_labels(rows)) for name, rows in runs.items()}
-    comparisons = []
-    for name, other in pairs:
-        truth, predicted = labels[name]
-        if len(truth):
-            figures = compare_answers(truth, predicted, labels[other][1], config.confidence, config.bootstrap_draws, config.random_seed)
-            comparisons.append({"run": name, "other": other, **figures})
-    adjusted = adjust_holm([row["p_value"] for row in comparisons])
-    return [row | {"holm_p_value": p_value, "differs": p_value < 1 - config.confidence} for row, p_value in zip(comparisons, adjusted, strict=True)]
-
-
-def slice_runs(runs: Mapping[str, Sequence[Mapping]], config: EvaluatePredictionsConfig) -> list[dict]:
-    """Accuracy of every run in every slice of its labelled rows, as flat rows {"by", "group", "range", "run", "n", "unparsed", "accuracy", …}."""
-    import numpy as np
-
-    from nli.metrics import score_group
-
-    slices = []
-    for name, rows in runs.items():
-        labelled = [row for row in rows if row["true_label"] is not None]
-        truth, predicted = (np.array(labels, dtype=int) for labels in to_labels(rows))
-        for by, groups in group_rows(labelled, config.slice_by).items():
-            for group, span in sorted(set(groups)):
-                chosen = np.array([item == (group, span) for item in groups])
-                figures = score_group(truth[chosen], predicted[chosen], config.confidence)
-                slices.append({"by": by, "group": group, "range": span, "run": name, **figures, "too_small": figures["n"] < SMALL_SLICE})
-    return slices
-
-
-def group_rows(rows: Sequence[Mapping], columns: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
-    """For each way of slicing, the group of each row: the columns' own values, then quartiles of lengths and of word overlap with their ranges."""
-    from nli.metrics import count_words, name_quartiles, share_words
-
-    if not rows:
-        return {}
-    groups = {column: [(str(row[column]) if row[column] not in (None, "") else "(none)", "") for row in rows] for column in columns}
-    thoughts = [count_words(row["thought_process"]) if row["parse_status"] == ParseStatus.OK else None for row in rows]
-    groups["thought length"] = name_quartiles(thoughts, "words", "no thought")
-    groups["premise length"] = name_quartiles([count_words(row["premise"]) for row in rows], "words")
-    groups["hypothesis length"] = name_quartiles([count_words(row["hypothesis"]) for row in rows], "words")
-    groups["word overlap"] = name_quartiles([round(100 * share_words(row["premise"], row["hypothesis"])) for row in rows], "%")
-    return groups
-
-
-def pick_unparsed(runs: Mapping[str, Sequence[Mapping]]) -> list[dict]:
-    """Each run's statuses other than ok: how many rows, and the first of them as an example."""
-    found = []
-    for name, rows in runs.items():
-        by_status: dict[str, list[Mapping]] = {}
-        for row in rows:
-            if row["parse_status"] != ParseStatus.OK:
-                by_status.setdefault(row["parse_status"], []).append(row)
-        for status, members in sorted(by_status.items(), key=lambda item: -len(item[1])):
-            first = members[0]
-            example = {"id": first["id"], "problem": first.get("problem", ""), "raw_text": shorten(first["raw_text"], MOST_CHARACTERS)}
-            found.append({"run": name, "status": str(status), "rows": len(members), **example})
-    return found
-
-
-def pick_disagreements(runs: Mapping[str, Sequence[Mapping]]) -> dict:
-    """Labelled rows that some runs have right and others wrong; where no row has a label, rows that the runs label differently.
-
-    `patterns` counts who is right on how many rows; the examples take one row of each pattern in turn, the most frequent first, by hash and not by eye.
-    """
-    patterns: dict[tuple, list[tuple[Mapping, ...]]] = {}
-    rows = list(zip(*runs.values(), strict=True))
-    scored = [answers for answers in rows if answers[0]["true_label"] is not None]
-    for answers in scored or rows:
-        labels = tuple(row["predicted_label"] if row["parse_status"] == ParseStatus.OK else None for row in answers)
-        pattern = tuple(is_correct(row) for row in answers) if scored else labels
-        if len(set(pattern)) > 1:
-            patterns.setdefault(pattern, []).append(answers)
-    ordered = sorted(patterns.items(), key=lambda item: -len(item[1]))
-    shuffled = [sorted(members, key=lambda answers: content_hash([row_key(answers[0])])) for _, members in ordered]
-    in_turn = [members[turn] for turn in range(NUM_EXAMPLES) for members in shuffled if turn < len(members)]
-    return {
-        "rows": sum(len(members) for members in shuffled),
-        "patterns": [{"rows": len(members), "runs": dict(zip(runs, pattern, strict=True))} for pattern, members in ordered],
-        "examples": [show_answers(answers, runs) for answers in in_turn[:NUM_EXAMPLES]],
-    }
-
-
-def show_answers(answers: Sequence[Mapping], names: Iterable[str]) -> dict:
-    """One row with what each run thought and said about it."""
-    first = answers[0]
-    said = [
-        {
-            "run": name,
-            "status": row["parse_status"],
-            "label": row["predicted_label"] if row["parse_status"] == ParseStatus.OK else None,
-            "right": is_correct(row) if row["true_label"] is not None else None,
-            "thought": shorten(row["thought_process"] or row["raw_text"], MOST_CHARACTERS),
-        }
-        for name, row in zip(names, answers, strict=True)
-    ]
-    return {"id": first["id"], "premise": first["premise"], "hypothesis": first["hypothesis"], "true_label": first["true_label"], "answers": said}
-
-
-def shorten(text: str, limit: int) -> str:
-    """A text, cut after `limit` characters with a note of how many follow."""
-    return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit} more characters)"
-
-
 def check_request(runs: Mapping[str, Sequence[Mapping]], files: Mapping[str, Path], config: EvaluatePredictionsConfig) -> None:
     """Raise DataError if the rows cannot give what the config asks: a slice column that is missing or too fine, a comparison without labels."""
     for name, rows in runs.items():
@@ -304,7 +157,9 @@ def average(values: Iterable[int | None]) -> float | None:
 def evaluate(runs: Mapping[str, Sequence[Mapping]], config: EvaluatePredictionsConfig) -> dict:
     """All numbers and examples of a set of runs; each run's Answers stand in the same order."""
     from nli.metrics import POWER
+    from nli.scores import SMALL_SLICE, compare_runs, score_run, slice_runs
 
+    sure = (config.confidence, config.bootstrap_draws, config.random_seed)
     return {
         "confidence": config.confidence,
         "bootstrap_draws": config.bootstrap_draws,
@@ -312,10 +167,10 @@ def evaluate(runs: Mapping[str, Sequence[Mapping]], config: EvaluatePredictionsC
         "power": POWER,
         "small_slice": SMALL_SLICE,
         "baseline": config.baseline,
-        "runs": [score_run(name, rows, config) for name, rows in runs.items()],
-        "comparisons": compare_runs(runs, config),
+        "runs": [score_run(name, rows, *sure) for name, rows in runs.items()],
+        "comparisons": compare_runs(runs, config.baseline, *sure),
         "unparsed": pick_unparsed(runs),
-        "slices": slice_runs(runs, config),
+        "slices": slice_runs(runs, config.slice_by, config.confidence),
         "disagreements": pick_disagreements(runs),
     }
 

@@ -26,7 +26,7 @@ from typing import Literal
 from nli.answer_store import AnswerStore
 from nli.cluster import check_gpu_choice, check_workers_fit, connected, finds_cluster, progress_bar, spread
 from nli.config import Count, CountOrZero, NonNegative, config_class
-from nli.desk import start_desk
+from nli.desk import ask_now, start_desk
 from nli.engines import Decoding, EngineName, EngineSettings, Precision, build_engine, choose_engine
 from nli.errors import ClusterError, ConfigError
 from nli.examples import iterate_examples
@@ -201,8 +201,8 @@ def answer(config: InferenceConfig, engine: str, settings: EngineSettings, sets:
         with contextlib.closing(batches), progress_bar(num_pending, "inference") as progress:
             for batch in batches:
                 progress.update(sum(ticket["num_rows"] for ticket in batch))
-            figures = ray.get(desk.describe.remote())
-            ray.get(desk.close.remote())
+            figures = ask_now(desk.describe.remote())
+            ask_now(desk.close.remote())
             left = sum(worklist.list_pending(_finding_done(each.store, since=each.store.started_at), index) for index, each in enumerate(sets))
             progress.update(num_pending - left - progress.n)  # what the tickets of dead workers were worth
     finally:

@@ -9,11 +9,13 @@
 A row that ends its process each time must not end the run. Rows that a dead worker held are suspects: they are taken again after all others, in cohorts that
 shrink with each death and with nothing else in that worker's hands, until one row that was alone at a death is given up and the others are done. A worker
 that dies without having finished a row begins again with few rows, so that an engine that cannot work at all is told from a row that it cannot bear.
+Rows that came back with a machine, or in a reply that never arrived, are no suspects.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+ENDED = "its process ended without a word"
 MOST_STARTS = 3  # of a worker that finishes no row between them
 FEWEST_SHARED = 32  # rows a worker may hold, however little is left to share
 COHORTS = {1: 128, 2: 16, 3: 2}  # rows taken together that have seen so many deaths; 1 beyond
@@ -45,6 +47,7 @@ class Leases:
         self._next = 1
         self._deaths: dict[int, int] = {}  # of rows that are suspects, held or not
         self._waiting: set[int] = set()  # suspects that nobody holds
+        self._returned: set[int] = set()  # rows that nobody holds any more and that are no suspects
         self._given_up: dict[int, str] = {}
         self._workers: dict[str, _Worker] = {}
 
@@ -53,11 +56,24 @@ class Leases:
         """Whether nothing is left to take or to finish."""
         return self._num_left() == 0
 
+    @property
+    def num_alive(self) -> int:
+        """How many workers have begun and are not known to be dead."""
+        return sum(worker.is_alive for worker in self._workers.values())
+
+    def list_logs(self) -> list[str]:
+        """Where the workers that are alive write what they say."""
+        return [worker.log for worker in self._workers.values() if worker.is_alive]
+
+    def list_holders(self) -> dict[str, str]:
+        """The workers with rows in their hands, with the start that has them."""
+        return {name: worker.start for name, worker in self._workers.items() if worker.held}
+
     def begin(self, worker: str, log: str, start: str = "") -> str | None:
         """A worker starts, perhaps again; `start` tells its starts apart. Returns why it must not, if its earlier starts led to nothing."""
         before = self._workers.get(worker)
         if before is not None and before.is_alive:
-            self.bury(worker, "its process ended without a word")
+            self.bury(worker, ENDED)
             before = self._workers[worker]
         num_fruitless = before.num_fruitless if before else 0
         if num_fruitless >= MOST_STARTS:
@@ -65,13 +81,16 @@ class Leases:
         self._workers[worker] = _Worker(start, log, num_fruitless=num_fruitless)
         return None
 
-    def bury(self, worker: str, reason: str) -> None:
-        """A worker is dead: what it held is for others, or given up if it is shown to be the cause."""
-        dead = self._workers[worker]
-        if not dead.is_alive:
+    def bury(self, worker: str, reason: str, machine_lost: bool = False) -> None:
+        """A worker is dead: what it held is for others, or given up if it is shown to be the cause, which it is not where the machine was lost."""
+        dead = self._workers.get(worker)
+        if dead is None or not dead.is_alive:
             return
         self.num_deaths += 1
         dead.is_alive, dead.reason = False, reason
+        if machine_lost:
+            self._take_back(dead)
+            return
         dead.num_fruitless = 0 if dead.num_finished else dead.num_fruitless + 1
         for row in dead.held:
             self._deaths[row] = self._deaths.get(row, 0) + 1
@@ -81,24 +100,29 @@ class Leases:
                 self._waiting.add(row)
         dead.held = set()
 
-    def take(self, worker: str, most: int, start: str = "") -> list[int] | None:
+    def take(self, worker: str, most: int, start: str = "", has_none: bool = False) -> list[int] | None:
         """Rows for a worker to begin with, at most so many; an empty list: ask again when some have ended; None: nothing is left for it.
 
-        A start that has ended, or is about to, gets nothing: nobody would work on it.
+        A start that has ended, or is about to, gets nothing: nobody would work on it. `has_none`: the worker has no row in its hands, whatever it was given.
         """
         mine = self._workers.setdefault(worker, _Worker(start, log=""))
         if not mine.is_alive or mine.start != start:
             return []
-        if self._next > self.num_rows and not self._waiting:
+        if has_none:
+            self._take_back(mine)
+        if self._next > self.num_rows and not self._waiting and not self._returned:
             return None
         if mine.holds_suspects and mine.held:
             return []
         mine.holds_suspects = False
         limit = self._limit(mine)
+        num = max(0, min(most, limit - len(mine.held)))
         if self._next <= self.num_rows:
-            num = max(0, min(most, limit - len(mine.held), self.num_rows + 1 - self._next))
-            rows = list(range(self._next, self._next + num))
-            self._next += num
+            rows = list(range(self._next, min(self._next + num, self.num_rows + 1)))
+            self._next += len(rows)
+        elif self._returned:
+            rows = sorted(self._returned)[:num]
+            self._returned.difference_update(rows)
         elif mine.held:
             return []
         else:
@@ -112,11 +136,11 @@ class Leases:
         """Rows of a worker are stored. Those of a worker that was taken for dead count as well."""
         mine = self._workers.get(worker) or _Worker(start="", log="")  # a stranger was here before this process
         for row in rows:
-            if row in mine.held or row in self._waiting:
+            if row in mine.held or row in self._waiting or row in self._returned:
                 self.num_finished += 1
                 mine.num_finished += 1
-            mine.held.discard(row)
-            self._waiting.discard(row)
+            for place in (mine.held, self._waiting, self._returned):
+                place.discard(row)
             self._deaths.pop(row, None)
 
     def pop_given_up(self) -> dict[int, str]:
@@ -125,15 +149,19 @@ class Leases:
         self.num_finished += len(given_up)
         return given_up
 
+    def _take_back(self, mine: _Worker) -> None:
+        for row in mine.held:
+            (self._waiting if row in self._deaths else self._returned).add(row)
+        mine.held = set()
+
     def _limit(self, mine: _Worker) -> int:
         """How many rows a worker may hold: a fair share of what is left, and few after deaths that led to nothing."""
-        num_alive = sum(worker.is_alive for worker in self._workers.values())
-        share = max(FEWEST_SHARED, -(-self._num_left() // max(1, num_alive)))
+        share = max(FEWEST_SHARED, -(-self._num_left() // max(1, self.num_alive)))
         first = FIRST_ROWS.get(mine.num_fruitless, 1) if not mine.num_finished else self._most_held
         return min(self._most_held, share, first)
 
     def _num_left(self) -> int:
-        return self.num_rows + 1 - self._next + len(self._waiting) + sum(len(worker.held) for worker in self._workers.values())
+        return self.num_rows + 1 - self._next + len(self._waiting) + len(self._returned) + sum(len(worker.held) for worker in self._workers.values())
 
     def _pick_suspects(self, most: int) -> list[int]:
         """The next cohort: of the suspects with the fewest deaths, and never all of several, so that a second cohort can clear the engine."""

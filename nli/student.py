@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nli.answers import derive_seed, to_answer, to_failed
-from nli.desk import Work
+from nli.desk import Work, ask, ask_now
 from nli.engines import Engine, EngineSettings, Generation, Request
 from nli.errors import EngineDead, ModelError, NLIError
 from nli.prompts import render_prompt
@@ -25,6 +25,7 @@ from nli.services import Gatherer
 PUT_SECONDS = 0.02  # answers that finish within so long travel together; a row is on disk within 50 ms of its end
 ASK_AGAIN_SECONDS = 0.05  # between two requests for rows where the desk gave fewer than there is room for
 FIGURES_SECONDS = 1.0
+BURY_SECONDS = 10.0  # for the desk to learn why this process ends
 TICKETS_AT_ONCE = 13  # of one worker: all but one are always whole
 MOST_TICKETS = 500  # of one run, as far as its length goes: each costs Ray Data some milliseconds
 
@@ -63,7 +64,7 @@ class Student:
         self._desk, self._asking = desk, asking
         self._worker = ray.get_runtime_context().get_actor_id()
         self._start = f"{os.getpid()} at {time.time()}"
-        reason = _unwrap(ray.get(desk.begin.remote(self._worker, describe_log(), self._start)))
+        reason = ask_now(desk.begin.remote(self._worker, describe_log(), self._start, ray.get_runtime_context().get_node_id()))
         if reason:
             raise ModelError(f"The engine {engine_name} cannot work: {reason}")
         self._engine = None
@@ -107,7 +108,7 @@ class Student:
         try:
             while self._tickets:
                 room = sum(ticket.num_left for ticket in self._tickets) - self._num_running
-                work = _unwrap(await self._desk.take.remote(self._worker, room, self._start)) if room > 0 else []
+                work = await ask(self._desk.take.remote(self._worker, room, self._start, self._num_running)) if room > 0 else []
                 for item in work or ():
                     self._num_running += 1
                     task = asyncio.get_running_loop().create_task(self._answer(Work(*item)))
@@ -118,8 +119,9 @@ class Student:
                     return
                 self._changed.clear()
                 is_short = room > len(work or ())
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), ASK_AGAIN_SECONDS if is_short else None)
+                with contextlib.suppress(TimeoutError):  # not wait_for, which in Python 3.11 swallows a cancellation that comes with the change
+                    async with asyncio.timeout(ASK_AGAIN_SECONDS if is_short else None):
+                        await self._changed.wait()
         except Exception as error:  # every ticket's caller learns of it
             self._end_tickets(error)
 
@@ -157,10 +159,11 @@ class Student:
 
     async def _put(self, finished: Sequence[tuple]) -> list[None]:
         if time.monotonic() - self._figures_at > FIGURES_SECONDS or not self._num_running - len(finished):
-            # In a thread: an engine in another process answers between two of its steps, and rows come in meanwhile.
-            self._figures = {"engine": self._engine.description, **await asyncio.to_thread(self._engine.figures)}
+            with contextlib.suppress(Exception):  # a figure is not worth the rows
+                # In a thread: an engine in another process answers between two of its steps, and rows come in meanwhile.
+                self._figures = {"engine": self._engine.description, **await asyncio.to_thread(self._engine.figures)}
             self._figures_at = time.monotonic()
-        _unwrap(await self._desk.put.remote(self._worker, list(finished), self._figures))
+        await ask(self._desk.put.remote(self._worker, list(finished), self._figures))
         return [None] * len(finished)
 
     async def _die(self, reason: str) -> None:
@@ -171,7 +174,8 @@ class Student:
         print(f"inference: the engine is dead ({reason}); this worker starts again", flush=True)
         try:
             await asyncio.sleep(3 * PUT_SECONDS)  # what is finished is stored
-            await self._desk.bury.remote(self._worker, reason)
+            async with asyncio.timeout(BURY_SECONDS):
+                await self._desk.bury.remote(self._worker, reason)
         finally:
             os._exit(1)
 
@@ -209,9 +213,3 @@ def _dump(answer: Mapping) -> str:
     text = json.dumps(answer, ensure_ascii=False)
     text.encode()
     return text
-
-
-def _unwrap(answer):
-    if isinstance(answer, NLIError):
-        raise answer
-    return answer

@@ -10,6 +10,7 @@ in NF4 are multiplied out once after loading where there is room: bitsandbytes w
 import queue
 import threading
 import time
+from bisect import insort
 from concurrent.futures import Future
 
 from nli.answering import Row, admit, choose_tokens, draw, fail, finish, finish_label, list_partners, take_longest
@@ -53,7 +54,7 @@ class TransformersEngine:
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()
         self.lock = threading.Lock()
         self.dead: EngineDead | None = None
-        self.waiting: dict[str | None, list[Row]] = {name: [] for name in self.adapters}
+        self.waiting: dict[str | None, list[Row]] = {name: [] for name in self.adapters}  # sorted by length
         self.labels: dict[str | None, list[Row]] = {name: [] for name in self.adapters}
         self.apart: list[list[Row]] = []  # groups with a row that breaks, each to be tried without others
         self.active: list[Row] = []  # by slot
@@ -123,13 +124,7 @@ class TransformersEngine:
             taken = True
             if item[1].set_running_or_notify_cancel():
                 self._admit(*item)
-        if taken:
-            self._sort()
         return self.dead is None
-
-    def _sort(self) -> None:
-        for rows in (*self.waiting.values(), *self.labels.values()):
-            rows.sort(key=lambda row: len(row.ids))
 
     def _admit(self, request: Request, future: Future) -> None:
         try:
@@ -141,7 +136,7 @@ class TransformersEngine:
 
     def _queue(self, rows: list[Row]) -> None:
         for row in rows:
-            (self.labels if row.label_tokens else self.waiting)[row.request.adapter].append(row.restart())
+            insort((self.labels if row.label_tokens else self.waiting)[row.request.adapter], row.restart(), key=lambda row: len(row.ids))
 
     def _turn(self) -> None:
         """Read prompts where there is room for enough of them, else write some tokens of every row."""
@@ -156,7 +151,6 @@ class TransformersEngine:
         if waiting and free >= min(few, len(waiting)) and not self.apart:
             self._read(take_longest(waiting, free, self.most_tokens))
         elif labels and (len(labels) >= few or not self.active):
-            self._sort()
             self._read_labels(take_longest(labels, self.batch_size, self.most_tokens))
         elif self.active:
             self._write()
@@ -247,7 +241,7 @@ class TransformersEngine:
             except Exception as error:  # whatever is wrong with one text concerns no other
                 generation = fail(row, f"{type(error).__name__}: {first_line(error)}")
             if generation is None:
-                self.labels[row.request.adapter].append(row)
+                self._queue([row])
             else:
                 self._resolve(row, generation)
 
@@ -264,7 +258,6 @@ class TransformersEngine:
         self.active = []
         self.slots.drop()
         self._queue(rows)
-        self._sort()
 
     def _resolve(self, row: Row, generation: Generation) -> None:
         self.counts["rows"] += 1
@@ -298,6 +291,5 @@ class TransformersEngine:
             joining = []
         self._leave(set(leaving))
         self._queue([*leaving, *joining])
-        self._sort()
         if attempt(self.slots.fit, self.device)[1]:
             self._start_over(self.active)

@@ -87,14 +87,17 @@ def _outcome(future: Future) -> Any:
 
 def _leave(status: int) -> None:
     """End at once: what vLLM would tidy up at an interpreter's end is closed already, or is of no use to anyone."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # who reads it may be gone
+            stream.flush()
     os._exit(status)
 
 
 def main() -> None:
     """Serve the channel whose file descriptor the command line names."""
-    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
+    end = socket.socket(fileno=int(sys.argv[1]))
+    end.set_inheritable(False)  # a program that is started here and outlives this process would keep the channel open
+    channel = Channel(end)
     os.register_at_fork(after_in_child=channel.abandon)
     try:
         server = Server(channel)

@@ -73,9 +73,9 @@ class VLLMEngine:
             raise EngineDead("the engine is closed")
         try:
             prompt = encode_prompt(self.tokenizer, request.prompt)
-        except DataError as error:
+        except Exception as error:  # whatever is wrong with one prompt concerns no other
             refused: Future[Generation] = Future()
-            refused.set_result(_failed(str(error)))
+            refused.set_result(_failed(str(error) if isinstance(error, DataError) else _reason(error)))
             return refused
         return asyncio.run_coroutine_threadsafe(self._answer(request, prompt), self._loop)
 

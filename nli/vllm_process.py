@@ -72,11 +72,7 @@ class VLLMProcess:
         for future in self._end("the engine is closed"):
             future.cancel()
         self._channel.finish(_CLOSE_SECONDS)
-        try:
-            self._process.wait(_CLOSE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._await_end()
         self._reader.join(_CLOSE_SECONDS)
 
     def _start(self) -> None:
@@ -120,13 +116,21 @@ class VLLMProcess:
         except Exception:  # what cannot be read here will not come again
             traceback.print_exc()
             self._process.kill()
-        self._channel.finish()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(_CLOSE_SECONDS)
-        reason = f"vLLM's process has ended ({_describe_exit(self._process.poll())}). Its own lines above say why."
+        self._channel.finish(_CLOSE_SECONDS)
+        self._await_end()
+        reason = f"vLLM's process has ended ({_describe_exit(self._process.returncode)}). Its own lines above say why."
         for future in self._end(reason):
             _settle(future, EngineDead(reason))
         self._channel.abandon()
+
+    def _await_end(self) -> None:
+        """The process ends by itself when the channel has ended; one that hangs would keep the GPU's memory."""
+        try:
+            self._process.wait(_CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            with suppress(subprocess.TimeoutExpired):  # a driver may hold it
+                self._process.wait(_CLOSE_SECONDS)
 
     def _end(self, reason: str) -> list[Future]:
         """Take no more requests; returns what is still open."""
@@ -146,5 +150,5 @@ def _settle(future: Future, outcome: Any) -> None:
 
 def _describe_exit(status: int | None) -> str:
     if status is None:
-        return "it does not answer"
+        return "killed, but it does not go"
     return f"exit status {status}" if status >= 0 else f"killed by {signal.Signals(-status).name}"

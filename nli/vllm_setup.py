@@ -169,9 +169,9 @@ def read_gpu_memory(device: str) -> tuple[int, int] | None:
     visible = [entry for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry]
     name = visible[index] if index < len(visible) else str(index)
     query = ["nvidia-smi", "--query-gpu=memory.total,memory.used", "--format=csv,noheader,nounits", "-i", name]
-    found = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
     try:
+        found = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
         total, used = found.stdout.strip().splitlines()[0].split(",")
         return int(total), int(used)
-    except (IndexError, ValueError):
+    except (IndexError, ValueError, OSError, subprocess.TimeoutExpired):
         return None

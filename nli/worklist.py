@@ -103,13 +103,13 @@ class Worklist:
 
 def read_pending(path: str, first: int, last: int) -> list[str]:
     """Pending rows `first` to `last` (from 1, both included) of a worklist, as JSON."""
-    with contextlib.closing(_open_read_only(path)) as db:
+    with _reading(path) as db:
         return [row for (row,) in db.execute("SELECT row FROM pending JOIN rows USING (n) WHERE i BETWEEN ? AND ? ORDER BY i", (first, last))]
 
 
 def read_pending_work(path: str, numbers: Sequence[int]) -> Iterator[tuple[int, int, str, dict]]:
     """(number, target, row key, row) of pending rows, by their numbers from 1."""
-    with contextlib.closing(_open_read_only(path)) as db:
+    with _reading(path) as db:
         for start in range(0, len(numbers), CHUNK):
             part = numbers[start : start + CHUNK]
             query = f"SELECT i, target, row_key, row FROM pending JOIN rows USING (n) WHERE i IN ({','.join('?' * len(part))}) ORDER BY i"
@@ -119,9 +119,14 @@ def read_pending_work(path: str, numbers: Sequence[int]) -> Iterator[tuple[int, 
 
 def count_pending(path: str) -> int:
     """How many rows are pending in a worklist, over all its targets."""
-    with contextlib.closing(_open_read_only(path)) as db:
+    with _reading(path) as db:
         return db.execute("SELECT COUNT(*) FROM pending").fetchone()[0]
 
 
-def _open_read_only(path: str) -> sqlite3.Connection:
-    return sqlite3.connect(f"{Path(path).as_uri()}?mode=ro&immutable=1", uri=True)
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[sqlite3.Connection]:
+    try:
+        with contextlib.closing(sqlite3.connect(f"{Path(path).as_uri()}?mode=ro&immutable=1", uri=True)) as db:
+            yield db
+    except sqlite3.Error as error:
+        raise StorageError(f"{path}: cannot be read ({error}). It goes with its driver, or was removed; run the command again.") from None

@@ -15,7 +15,7 @@ import pytest
 
 from nli.answer_store import AnswerStore
 from nli.answers import derive_seed, to_answer, to_failed, vote
-from nli.desk import Desk
+from nli.desk import Desk, ask
 from nli.engines import Generation
 from nli.errors import DataError, StorageError
 from nli.leases import COHORTS, FIRST_ROWS, MOST_STARTS, Leases
@@ -349,6 +349,28 @@ def test_a_start_that_has_ended_gets_no_rows_that_nobody_would_work_on():
     assert leases.take("a", 8, "second") == list(range(9, 17))
 
 
+def test_rows_of_a_lost_machine_or_of_a_reply_that_never_arrived_are_no_suspects():
+    leases = Leases(100, most_held=50)
+    for worker in ("a", "b"):
+        leases.begin(worker, "log")
+        assert len(leases.take(worker, 50)) == 50
+    leases.bury("b", "its machine is gone", machine_lost=True)
+    leases.finish("b", [51])  # on its way when the machine was lost
+    leases.finish("a", range(1, 41))
+    assert leases.take("a", 50) == list(range(52, 92))  # beside other rows
+    assert list(leases.list_holders()) == ["a"] and leases.num_alive == 1
+    for _ in range(MOST_STARTS):  # machines may go as often as they like
+        assert leases.begin("b", "log") is None
+        leases.bury("b", "its machine is gone", machine_lost=True)
+    assert leases.begin("b", "log") is None
+    again = leases.take("a", 50, has_none=True)  # a share of them: b may hold rows, too
+    assert again == [*range(41, 51), *range(52, 74)]
+    leases.finish("a", again)
+    assert drain(leases, "a") == (list(range(74, 101)), False)
+    assert leases.is_done and leases.num_finished == 100
+    leases.bury("stranger", "of a desk before this one")
+
+
 def test_an_engine_that_dies_while_loading_is_not_tried_for_ever():
     leases = Leases(10, most_held=8)
     assert [leases.begin("a", "log") is None for _ in range(5)] == [True, True, True, False, False]
@@ -363,7 +385,7 @@ def test_a_row_that_was_given_up_while_the_disk_was_full_is_stored_when_there_is
         async def die_twice() -> None:
             for start in ("first", "second"):
                 assert await desk.begin("a", "log", start) is None
-                assert [work.row["id"] for work in await desk.take("a", 8, start)] == ["0"]
+                assert [work.row["id"] for work in await desk.take("a", 8, start, 1)] == ["0"]
                 await desk.bury("a", "the device is gone")
 
         desk._stores[0]._db.execute("PRAGMA query_only=ON")
@@ -375,3 +397,125 @@ def test_a_row_that_was_given_up_while_the_disk_was_full_is_stored_when_there_is
         assert store.read([row_key(example(0))])[row_key(example(0))]["problem"].endswith("with no other: the device is gone")
         assert asyncio.run(desk.describe())["rows"] == [1]
         asyncio.run(desk.close())
+
+
+@pytest.fixture
+def open_desk(store, tmp_path):
+    """Opens a desk on six rows."""
+    rows = [example(number) for number in range(6)]
+    with Worklist(tmp_path / "rows.sqlite") as worklist:
+        worklist.fill([(row, row_key(row).encode()) for row in rows], tmp_path / "in.csv")
+        worklist.list_pending(lambda keys: set())
+        yield lambda: Desk(str(worklist.path), [str(store.path)], most_held=3, started_at=store.started_at, frames=[FRAME])
+
+
+def post(work, failed=False):
+    return [(item.number, item.target, item.key, failed, 5, json.dumps({"num_completion_tokens": 5})) for item in work]
+
+
+def test_a_worker_waits_for_the_last_rows_of_others_and_takes_them_when_their_machine_is_lost(open_desk, monkeypatch):
+    machines = {"here", "there"}
+    monkeypatch.setattr("nli.desk.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("nli.desk.list_machines", lambda: machines)
+
+    async def run() -> None:
+        desk = open_desk()
+        assert await desk.begin("a", "log", "a1", "here") is None and await desk.begin("b", "log", "b1", "there") is None
+        mine, others = await desk.take("a", 3, "a1", 0), await desk.take("b", 3, "b1", 0)
+        await desk.put("a", post(mine), {})
+        assert await desk.take("a", 3, "a1", 0) == []
+        machines.remove("there")
+        await asyncio.sleep(0.2)
+        assert await desk.take("b", 3, "b1", 0) == []  # whatever is left of it
+        again = await desk.take("a", 3, "a1", 0)
+        assert again == others
+        assert await desk.begin("b", "log", "b2", "here") is None
+        assert await desk.take("b", 3, "b2", 0) == []
+        await desk.put("a", post(again), {})
+        assert await desk.take("b", 3, "b2", 0) is None and await desk.take("a", 3, "a1", 0) is None
+        assert await desk.begin("c", "log", "c1", "here") == ""
+        assert (await desk.describe())["deaths"] == 1
+
+    asyncio.run(run())
+
+
+def test_rows_of_a_process_that_ended_are_for_others_though_it_finds_no_place_to_start_again(open_desk, monkeypatch):
+    ended = []
+    monkeypatch.setattr("nli.desk.LOOK_SECONDS", 0.02)
+    monkeypatch.setattr("nli.desk.list_ended", lambda workers: [worker for worker in workers if worker in ended])
+
+    async def run() -> None:
+        desk = open_desk()
+        mine, others = await desk.take("a", 3, "a1", 0), await desk.take("b", 3, "b1", 0)
+        await desk.put("a", post(mine), {})
+        await asyncio.sleep(0.1)
+        assert await desk.take("a", 3, "a1", 0) == []  # b is silent, and at work
+        ended.append("b")
+        await asyncio.sleep(0.1)
+        again = []
+        while work := await desk.take("a", 3, "a1", 0):  # they are suspects now
+            again += work
+            await desk.put("a", post(work), {})
+        assert again == others and work is None
+        assert (await desk.describe())["deaths"] == 1
+
+    asyncio.run(run())
+
+
+def test_nobody_waits_for_a_worker_that_is_not_heard_of(open_desk, monkeypatch):
+    async def run() -> None:
+        desk = open_desk()
+        mine, _ = await desk.take("a", 3, "a1", 0), await desk.take("b", 3, "b1", 0)
+        await desk.put("a", post(mine), {})
+        assert await desk.take("a", 3, "a1", 0) == []
+        monkeypatch.setattr("nli.desk.SILENT_SECONDS", 0.0)
+        assert await desk.take("a", 3, "a1", 0) is None
+
+    asyncio.run(run())
+
+
+def test_a_desk_that_follows_a_dead_one_counts_on_and_counts_a_row_once(open_desk, store):
+    async def run() -> None:
+        first = open_desk()
+        work = await first.take("a", 3, "a1", 0)
+        await first.put("a", post(work[:2]), {})
+        second = open_desk()
+        before = await second.describe()
+        assert (before["rows"], before["tokens"]) == ([2], 10)
+        await second.put("a", post(work), {})  # two of them again: the first one's reply was lost
+        after = await second.describe()
+        assert after["rows"] == [3] and after["seconds"] > 0
+        assert [work.row["id"] for work in await second.take("b", 3, "b1", 0)] == ["3", "4", "5"]
+
+    asyncio.run(run())
+
+
+def test_a_run_without_any_worker_or_without_progress_says_so(open_desk, monkeypatch, capsys):
+    monkeypatch.setattr("nli.desk.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("nli.desk.IDLE_SECONDS", 0.1)
+
+    async def run() -> None:
+        desk = open_desk()
+        await desk.describe()
+        await asyncio.sleep(0.3)
+        assert "inference: no worker: the cluster has no place for one. Add a machine, or stop" in capsys.readouterr().out
+        await desk.begin("a", "/logs/a.err on here", "a1")
+        await asyncio.sleep(0.1)
+        capsys.readouterr()
+        await asyncio.sleep(0.3)
+        assert capsys.readouterr().out == ""
+        monkeypatch.setattr("nli.desk.STALLED_SECONDS", 0.1)
+        await asyncio.sleep(0.2)
+        assert "inference: no row has ended for 0 minutes. What the workers say: /logs/a.err on here\n" in capsys.readouterr().out
+
+    asyncio.run(run())
+
+
+def test_a_desk_that_is_gone_for_good_is_named_with_what_helps():
+    from ray.exceptions import RayActorError
+
+    async def call():
+        raise RayActorError(error_msg="The actor died.")
+
+    with pytest.raises(StorageError, match=r"the process that keeps the answers has ended \(The actor died\.\)\. .* the same command goes on"):
+        asyncio.run(ask(call()))

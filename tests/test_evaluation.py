@@ -12,7 +12,7 @@ import pytest
 from nli import evaluation
 from nli.config import load_config
 from nli.errors import ConfigError, DataError, ResumeError
-from nli.evaluation import EvaluatePredictionsConfig, pick_disagreements, shorten
+from nli.evaluation import EvaluatePredictionsConfig
 from nli.prompts import render_completion
 from nli.report import format_interval, format_p, format_share, render_report, render_table
 from nli.storage import write_jsonl
@@ -218,11 +218,6 @@ def test_disagreements_take_each_pattern_in_turn(made):
     assert [said["right"] for said in second["answers"]] == [False, True]
 
 
-def test_rows_that_all_runs_answer_alike_are_no_disagreement():
-    rows = [good(number) for number in range(6)]
-    assert pick_disagreements({"a": rows, "b": rows}) == {"rows": 0, "patterns": [], "examples": []}
-
-
 def test_text_from_the_data_cannot_become_markup(tmp_path):
     evil = '<script>alert(1)</script> & "quoted" $x^2$ 犬'
 
@@ -333,12 +328,6 @@ def test_without_provenance_there_is_still_a_report(made):
     assert '<h2 id="provenance">' not in render_report(bare)
 
 
-def test_disagreements_of_partly_labelled_runs_are_those_on_labelled_rows():
-    first = [answer(0, 1, 1), answer(1, None, 1)]
-    second = [answer(0, 1, 0), answer(1, None, 0)]
-    assert pick_disagreements({"a": first, "b": second})["patterns"] == [{"rows": 1, "runs": {"a": True, "b": False}}]
-
-
 def test_the_config_file_in_the_repository_loads():
     assert load_config(ROOT / "configs" / "evaluate_predictions.py", EvaluatePredictionsConfig).predictions
 
@@ -413,10 +402,9 @@ def test_a_refusal_on_the_command_line_is_one_message_and_status_2(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_formats_and_cuts_are_honest():
+def test_formats_are_honest():
     assert (format_p(0.0004), format_p(0.05), format_share(None)) == ("<0.001", "0.050", "–")
     assert format_interval(-0.12, 0.045, signed=True) == "−0.120 to +0.045"
-    assert shorten("abcdef", 4) == "abcd … (2 more characters)"
 
 
 def test_a_long_name_keeps_the_table_aligned(made):

@@ -20,7 +20,7 @@ BANDS = {
         *("config", "recipe", "storage", "examples", "runs", "cluster", "metrics", "figures", "report", "row_checks", "check_report"),
         *("chat_api", "ledger", "ledger_file", "asking", "limiter", "limiter_client", "services", "worklist", "prices", "token_counts"),
         *("teacher", "progress", "estimates", "generation", "batch_api", "batch_client", "batch_store", "batch_mode"),
-        *("answers", "answer_store", "leases", "desk", "results"),
+        *("answers", "answer_store", "leases", "desk", "results", "scores", "picks"),
     },
     "model": {
         *("tokenization", "model", "adapter_files", "checkpoints", "engines", "saving", "preflight", "preflight_report", "watching", "watch_beside"),

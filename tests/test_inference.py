@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -434,6 +434,49 @@ def test_an_engine_s_death_is_told_once_however_many_rows_it_had(monkeypatch, ca
     asyncio.run(die())
     assert exits == [1]
     assert capsys.readouterr().out == "inference: the engine is dead (the device is gone); this worker starts again\n"
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_a_worker_s_loop_ends_when_it_is_cancelled_just_as_a_row_ends(turns):
+    student = object.__new__(Student)
+    student._desk = SimpleNamespace(take=SimpleNamespace(remote=lambda *_: asyncio.sleep(0, [])))
+    student._worker, student._start, student._num_running = "worker", "start", 1
+    student._tickets = deque([SimpleNamespace(num_left=9)])
+
+    async def cancel() -> bool:
+        student._changed = asyncio.Event()
+        feeder = asyncio.create_task(student._feed())
+        await asyncio.sleep(0.02)
+        student._changed.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        feeder.cancel()
+        await asyncio.wait([feeder], timeout=0.5)
+        is_ended = feeder.done() and feeder.cancelled()
+        student._tickets.clear()  # else one that goes on would hold up the loop's end
+        student._changed.set()
+        return is_ended
+
+    assert asyncio.run(cancel())
+
+
+def test_rows_are_stored_though_an_engine_cannot_tell_its_figures():
+    student, stored = object.__new__(Student), []
+    student._worker, student._num_running, student._figures, student._figures_at = "worker", 1, {}, 0.0
+    student._engine = SimpleNamespace(description="fake 1.0", figures=lambda: 1 / 0)
+    student._desk = SimpleNamespace(put=SimpleNamespace(remote=lambda worker, rows, figures: asyncio.sleep(0, stored.extend(rows))))
+    assert asyncio.run(student._put([("row",)])) == [None] and stored == [("row",)]
+
+
+def test_a_worker_with_a_dead_engine_ends_though_the_desk_does_not_answer(monkeypatch):
+    student, exits = object.__new__(Student), []
+    student._is_dying, student._worker = False, "worker"
+    student._desk = SimpleNamespace(bury=SimpleNamespace(remote=lambda *_: asyncio.sleep(60)))
+    monkeypatch.setattr("nli.student.os._exit", exits.append)
+    monkeypatch.setattr("nli.student.BURY_SECONDS", 0.05)
+    with pytest.raises(TimeoutError):
+        asyncio.run(student._die("the device is gone"))
+    assert exits == [1]
 
 
 def test_a_gpu_that_this_machine_does_not_have_is_refused(config, monkeypatch):

@@ -23,7 +23,7 @@ from nli.prompts import render_completion, render_student_prompt
 from nli.tokenization import encode_prompt, load_tokenizer
 from nli.vllm_adapters import AdapterShape, describe_adapter, prepare_adapter, read_embedding, smallest_rank
 from nli.vllm_engine import VLLMEngine, label_probability
-from nli.vllm_setup import ENVIRONMENT, build_arguments, capture_sizes, choose_start, register_classes, share_of_memory
+from nli.vllm_setup import ENVIRONMENT, build_arguments, capture_sizes, choose_start, read_gpu_memory, register_classes, share_of_memory
 from tests import vllm_standin
 from tests.conftest import REPOSITORY, TINY_BASE
 
@@ -164,6 +164,7 @@ def test_a_refused_row_is_a_problem_and_the_others_are_answered(start, standin):
         engine, [Request("[INST] a [/INST] b [/INST]"), Request(render_student_prompt("dog " * 600, "Animals moved.")), Request(PROMPT)]
     )
     assert control.text is None and "control token" in control.problem
+    assert engine.submit(Request("[INST] \ud800 [/INST]")).result(10).problem.startswith("TypeError: ")
     assert long.text is None and "512" in long.problem
     assert good.text == ANSWER
     standin.write = lambda ids, adapter: ValueError("no such thing")
@@ -277,6 +278,15 @@ def test_memory_that_others_use_is_left_to_them(monkeypatch):
     assert [share_of_memory(device) for device in ("cuda:0", "cuda:1", "cuda:3")] == [0.9, 0.47, 0.9]
     with pytest.raises(ModelError, match="1,000 of 80,000 MiB free"):
         share_of_memory("cuda:2")
+
+
+def test_a_driver_that_does_not_answer_tells_nothing_of_the_memory(monkeypatch):
+    def hang(command, timeout, **_):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr("nli.vllm_setup.shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("nli.vllm_setup.subprocess.run", hang)
+    assert read_gpu_memory("cuda:0") is None
 
 
 def test_an_adapters_embeddings_are_left_out_where_they_are_the_bases(tmp_path):

@@ -6,6 +6,7 @@ python -m pytest tests/test_vllm_process.py
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from nli.channel import Channel
 from nli.engines import Decoding, EngineSettings, Request, answer_all, build_engine
 from nli.errors import EngineDead, ModelError
 from nli.prompts import render_student_prompt
@@ -27,7 +29,7 @@ SETTINGS = EngineSettings(TINY_BASE, (), "bf16", "bf16", Decoding(max_new_tokens
 HELD = render_student_prompt("A held row.", "Nothing comes.")
 
 PACKAGE = """
-import asyncio, multiprocessing, os, signal, sys, time
+import asyncio, multiprocessing, os, signal, subprocess, sys, time
 from tests import vllm_standin
 
 ids = {ids}
@@ -47,6 +49,7 @@ class AsyncLLM(vllm_standin.AsyncLLM):
         super().__init__(arguments)
         self.core = multiprocessing.get_context("fork").Process(target=serve, daemon=True)
         self.core.start()
+        subprocess.Popen(["sleep", "20"], close_fds=False, stdout=subprocess.DEVNULL)  # a helper that outlives this process
 
     async def generate(self, prompt, parameters, request_id, **options):
         self.hold = len(prompt["prompt_token_ids"]) == {held}
@@ -161,6 +164,35 @@ def test_an_engine_that_does_not_start_says_why(package, monkeypatch, capfd):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(ModelError, match=r"does not start with bf16: .*exit status 1"):
         VLLMProcess(SETTINGS)
+
+
+def test_a_process_that_neither_answers_nor_ends_is_killed(monkeypatch, tmp_path):
+    script = tmp_path / "python"
+    script.write_text(f"#!{sys.executable}\nimport os, sys, time\nos.close(int(sys.argv[3]))\ntime.sleep(60)\n")
+    script.chmod(0o755)
+    monkeypatch.setattr("nli.vllm_process._CLOSE_SECONDS", 0.3)
+    monkeypatch.setattr(sys, "executable", str(script))
+    with pytest.raises(ModelError, match=r"does not start with bf16: .*killed by SIGKILL"):
+        VLLMProcess(SETTINGS)
+
+
+def test_a_message_that_cannot_be_written_ends_the_channel(capfd):
+    mine, theirs = (Channel(end) for end in socket.socketpair())
+    mine.send("a")
+    assert theirs.receive() == ["a"]
+    mine.send(lambda: None)
+    with pytest.raises(EOFError):
+        theirs.receive()
+    assert "Can't pickle" in capfd.readouterr().err
+
+
+def test_the_process_leaves_with_its_status_whoever_is_gone():
+    leave = [sys.executable, "-c", "from nli.vllm_child import _leave; print('x'); _leave(3)"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as output:
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        assert subprocess.run(leave, stdout=output, cwd=REPOSITORY, env=environment, timeout=60, check=False).returncode == 3
 
 
 def test_a_killed_owner_takes_all_along(package):

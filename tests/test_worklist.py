@@ -4,7 +4,6 @@ python -m pytest tests/test_worklist.py
 """
 
 import json
-import sqlite3
 import tracemalloc
 from hashlib import sha256
 
@@ -130,5 +129,5 @@ def test_pending_rows_are_read_without_a_lock_or_a_trace(worklist, tmp_path):
     before = sorted(path.name for path in worklist.path.parent.iterdir())
     assert pending(worklist) == [row(0)]
     assert sorted(path.name for path in worklist.path.parent.iterdir()) == before
-    with pytest.raises(sqlite3.Error):
+    with pytest.raises(StorageError, match=r"nothing\.sqlite: cannot be read .* run the command again"):
         read_pending(str(tmp_path / "nothing.sqlite"), 1, 2)
