@@ -329,6 +329,26 @@ def test_a_run_that_was_halted_ends_without_asking_the_ledger_about_every_row(fo
     assert asyncio.run(run()) == 4
 
 
+def test_a_reply_and_the_next_claim_travel_together_and_no_call_goes_out_before_its_claim_is_back(folder):
+    async def use(server):
+        ledger = Ledger(folder)
+        ledger.begin_run(RUN, None)
+        commits, posts = GroupCommit(ledger), []
+
+        async def post(owner, operations):
+            posts.append(([operation[0] for operation in operations], len(server.calls)))
+            return await commits.post(owner, operations)
+
+        config = TeacherConfig(base_url=server.base_url, max_in_flight=1)
+        teacher = Teacher(config, PROMPT, KEY, RUN, LedgerClient(post, "worker", 0.05), LimiterClient(None, "worker", config.limits()))
+        await teacher.ask_all(many(3))
+        await teacher.close()
+        ledger.close()
+        return posts
+
+    assert with_server((Answer(text=GOOD),), use) == [(["open"], 0), (["done", "open"], 1), (["done", "open"], 2), (["done"], 3)]
+
+
 def test_a_second_run_asks_nothing_and_reads_the_same(ask):
     first, _ = ask(Answer(text=GOOD), rows=many(3))
     second, server = ask(Answer(status=500), rows=many(3), owner="another")
