@@ -86,9 +86,7 @@ class Teacher:
         self._waiting.extend((row, piece) for row in rows)
         with self._ledger.alive():
             while len(self._askers) < min(2 * self.config.max_in_flight, len(self._waiting)):
-                asker = asyncio.get_running_loop().create_task(self._ask_waiting())
-                self._askers.add(asker)
-                asker.add_done_callback(self._askers.discard)
+                self._askers.add(asyncio.get_running_loop().create_task(self._ask_waiting()))
             await piece.finished.wait()
         failures = sorted(piece.failures, key=lambda failure: isinstance(failure, TeacherError))
         if failures:
@@ -103,6 +101,7 @@ class Teacher:
                 piece.failures.append(error)
             finally:
                 piece.count_down()
+        self._askers.discard(asyncio.current_task())  # in this very step: rows that come next must not count on it
 
     async def ask(self, row: Mapping) -> None:
         """Ask about one row, with one repair when the first reply cannot be read."""
