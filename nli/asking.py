@@ -62,9 +62,7 @@ class Teacher:
         self._limiter = limiter
         self._waiting: deque[tuple[Mapping, _Slice]] = deque()
         self._askers: set[asyncio.Task] = set()
-        self._room = asyncio.Semaphore(
-            config.max_in_flight
-        )  # for claims and calls; a reply leaves room on its way to the ledger, and the next claim travels with it
+        self._room = asyncio.Semaphore(config.max_in_flight)  # for claims and calls, not for replies on their way: the next claim travels with them
         self._random = random.Random()
         self._open: set[bytes] = set()
         self._stopped: TeacherError | None = None
