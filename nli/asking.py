@@ -62,6 +62,7 @@ class Teacher:
         self._limiter = limiter
         self._waiting: deque[tuple[Mapping, _Slice]] = deque()
         self._askers: set[asyncio.Task] = set()
+        self._room = asyncio.Semaphore(config.max_in_flight)  # for claims and calls, not for replies on their way: the next claim travels with them
         self._random = random.Random()
         self._open: set[bytes] = set()
         self._stopped: TeacherError | None = None
@@ -82,10 +83,8 @@ class Teacher:
         piece = _Slice(len(rows))
         self._waiting.extend((row, piece) for row in rows)
         with self._ledger.alive():
-            while len(self._askers) < min(self.config.max_in_flight, len(self._waiting)):
-                asker = asyncio.get_running_loop().create_task(self._ask_waiting())
-                self._askers.add(asker)
-                asker.add_done_callback(self._askers.discard)
+            while len(self._askers) < min(2 * self.config.max_in_flight, len(self._waiting)):
+                self._askers.add(asyncio.get_running_loop().create_task(self._ask_waiting()))
             await piece.finished.wait()
         failures = sorted(piece.failures, key=lambda failure: isinstance(failure, TeacherError))
         if failures:
@@ -100,6 +99,7 @@ class Teacher:
                 piece.failures.append(error)
             finally:
                 piece.count_down()
+        self._askers.discard(asyncio.current_task())  # in this very step: rows that come next must not count on it
 
     async def ask(self, row: Mapping) -> None:
         """Ask about one row, with one repair when the first reply cannot be read."""
@@ -132,20 +132,21 @@ class Teacher:
         reserve = self._price.cost_nanodollars(most_prompt_tokens, config.max_tokens) if self._price else 0
         attempt = 1
         while True:
-            if self._stopped is not None:
-                raise self._stopped
-            number = await self._limiter.acquire(likely_most)
             data, reply, failure = None, None, None
-            sent_at = time.monotonic()
-            try:
-                answer = await self._ledger.call("open", key, self.run, config.ambiguous, parent, reserve)
-                if answer[0] == "go":
-                    number = await self._limiter.renew(number, likely_most)  # the ledger may have been away
-                    sent_at = time.monotonic()
-                    data, reply, failure = await self._call(body)
-            except BaseException:
-                self._limiter.end(Ended(number, likely_most, "unknown"))
-                raise
+            async with self._room:
+                if self._stopped is not None:
+                    raise self._stopped
+                number = await self._limiter.acquire(likely_most)
+                sent_at = time.monotonic()
+                try:
+                    answer = await self._ledger.call("open", key, self.run, config.ambiguous, parent, reserve)
+                    if answer[0] == "go":
+                        number = await self._limiter.renew(number, likely_most)  # the ledger may have been away
+                        sent_at = time.monotonic()
+                        data, reply, failure = await self._call(body)
+                except BaseException:
+                    self._limiter.end(Ended(number, likely_most, "unknown"))
+                    raise
             if answer[0] != "go":
                 self._limiter.end(Ended(number, 0, "unknown"))
                 if answer[0] == "done":

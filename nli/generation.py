@@ -10,6 +10,7 @@ Nothing of this is held in memory whole. A run that stops for whatever reason go
 """
 
 import contextlib
+import gc
 import json
 import signal
 import tempfile
@@ -33,7 +34,7 @@ from nli.prices import NANO
 from nli.progress import LiveProgress
 from nli.prompts import TEACHER_PROMPTS, Prompt
 from nli.runs import manifest_beside, start_run
-from nli.services import TRAVEL_GATHER_SECONDS, LedgerClient, post_to_actor, start_ledger_service, start_limiter_service, sync_with_actor
+from nli.services import open_ledger_client, start_ledger_service, start_limiter_service, sync_with_actor
 from nli.storage import dump_line, resolve_output, write_atomic
 from nli.teacher import Outcome, TeacherConfig, check_teacher, describe_requests, first_key, read_outcomes, settle_key_file
 from nli.worklist import Worklist
@@ -131,7 +132,7 @@ def _ask(work: Generation, config: TeacherConfig, key: str, ledger: Ledger, fold
         before = ray.get(services[1].set_limits.remote(config.limits()))
         if before != config.limits():
             print(f"{work.stage}: the account's limits are now {describe_limits(config.limits())}; they were {describe_limits(before)}", flush=True)
-        arguments = (config, work.prompt.name, run, str(worklist.path), *services)
+        arguments = (config, work.prompt.name, run, str(worklist.path), *services, folder, ray.get_runtime_context().get_node_id())
         pool = {"num_workers": config.workers, "num_cpus": CPUS_PER_WORKER}
         for _ in spread(slices, Asker, arguments, **pool, batch_size=1, label=work.stage, calls_at_once=SLICES_AT_ONCE, awaits_all=True):
             pass
@@ -140,13 +141,14 @@ def _ask(work: Generation, config: TeacherConfig, key: str, ledger: Ledger, fold
 class Asker:
     """Ray Data actor: slices of a worklist in, tallies out; the replies go into the ledger."""
 
-    def __init__(self, config: TeacherConfig, prompt_name: str, run: str, worklist: str, ledger, limiter) -> None:
+    def __init__(self, config: TeacherConfig, prompt_name: str, run: str, worklist: str, ledger, limiter, folder: Path, node: str) -> None:
         self.worklist = worklist
         self.ledger = ledger
         name = new_owner("worker")
         limits = LimiterClient(sync_with_actor(limiter), name, config.limits(), config.workers)
-        client = LedgerClient(post_to_actor(ledger), name, TRAVEL_GATHER_SECONDS)
+        client = open_ledger_client(ledger, folder, node, config.workers, name)
         self.teacher = Teacher(config, TEACHER_PROMPTS[prompt_name], check_teacher(config), run, client, limits)
+        gc.freeze()  # what Ray has imported is not searched again at every full collection
 
     async def __call__(self, slices: list[dict]) -> list[dict]:
         for piece in slices:

@@ -14,8 +14,8 @@ A request's key is a hash of all that decides its answer, so a reply is found ag
 A worker that dies leaves `claimed` and `sent` behind; after its lease, the first is free again and the second is ambiguous.
 
 It is one SQLite file in WAL mode with synchronous=FULL: what `commit` returned survives the death of every process, and of the machine as far as its disk
-keeps what was flushed. Only the processes of one host open it (workers elsewhere go through `nli.services`), since WAL does not reach across hosts. Money is
-in whole nano-dollars.
+keeps what was flushed. Only the processes of one host open it, and write in turn (workers elsewhere go through `nli.services`), since WAL does not reach across
+hosts. Money is in whole nano-dollars.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nli.errors import StorageError
-from nli.ledger_file import Totals, open_ledger, read_reply_body, read_totals
+from nli.ledger_file import Totals, in_turn, open_ledger, read_reply_body, read_totals
 
 LEASE_SECONDS = 10.0  # a worker that was not heard of for so long is taken for dead
 LOST_WORKER = ("lost_worker", "the worker that sent it died before an answer came")
@@ -52,12 +52,14 @@ class Ledger:
         self._changes: dict[str, Counter] = {}  # of runs' sums in this transaction
         self._budgets: dict[str, tuple] = {}  # of runs, as this transaction found them
         self._swept: dict[str, float] = {}  # when a run was last searched for the sends of dead owners
-        self._lock, self._db = open_ledger(folder)
+        self._patient_until = -math.inf  # time.monotonic() until which nobody is taken for dead
+        self._lock, self._turn, self._db = open_ledger(folder)
 
     def close(self) -> None:
         """Close the file. What was committed is on disk already."""
         self._db.close()
         self._lock.close()
+        self._turn.close()
 
     def commit(self, batches: Sequence[tuple[str, Sequence[Operation]]]) -> list[list[tuple]]:
         """Apply each owner's operations in one transaction and flush it; returns each operation's answer. Raises StorageError, with nothing applied.
@@ -102,23 +104,33 @@ class Ledger:
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
         """All of the block on disk when it ends, or nothing of it when it or the commit raises."""
+        came_at = time.monotonic()
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._write_sums()
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:  # SQLite itself has rolled back after some errors of the disk
-                    self._db.execute("ROLLBACK")
-                self._beats.clear()
-                self._runs.clear()
-                raise
-            finally:
-                self._changes.clear()
-                self._budgets.clear()
+            with in_turn(self._turn):
+                self._forgive(came_at)
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield
+                    self._write_sums()
+                    self._db.execute("COMMIT")
+                except BaseException:
+                    if self._db.in_transaction:  # SQLite itself has rolled back after some errors of the disk
+                        self._db.execute("ROLLBACK")
+                    self._beats.clear()
+                    self._runs.clear()
+                    raise
+                finally:
+                    self._changes.clear()
+                    self._budgets.clear()
+                    self._forgive(came_at)
         except sqlite3.Error as error:
             raise StorageError(f"{self.path}: cannot be written ({error}). Free space or mend the disk; what was stored before is kept.") from None
+
+    def _forgive(self, came_at: float) -> None:
+        """After a long wait for the disk or for who holds it, let the other writers, which may have waited too, be heard of before they are taken for dead."""
+        now = time.monotonic()
+        if now - came_at > self.lease_seconds / 5:
+            self._patient_until = now + self.lease_seconds
 
     def _beat(self, owner: str, now: float) -> None:
         if abs(now - self._beats.get(owner, 0)) > self.lease_seconds / 10:
@@ -127,7 +139,7 @@ class Ledger:
 
     def _is_alive(self, owner: str, now: float) -> bool:
         # A beat far ahead of the clock is one from before the clock was set back.
-        if owner.startswith(BATCH_OWNER) or abs(now - self._heard.get(owner, -math.inf)) < self.lease_seconds:
+        if owner.startswith(BATCH_OWNER) or time.monotonic() < self._patient_until or abs(now - self._heard.get(owner, -math.inf)) < self.lease_seconds:
             return True
         beat = self._db.execute("SELECT beat FROM owners WHERE owner = ?", (owner,)).fetchone()
         return beat is not None and abs(now - beat[0]) < self.lease_seconds

@@ -96,13 +96,14 @@ class LedgerReader:
         self.path = folder / "ledger.sqlite"
         if not self.path.exists():
             raise StorageError(f"{self.path}: no ledger there.")
-        self._lock, self._db = open_ledger(folder)  # a reader of a WAL database writes its -shm file, and so must be of the same host
+        *self._locks, self._db = open_ledger(folder)  # a reader of a WAL database writes its -shm file, and so must be of the same host
         self._db.execute("PRAGMA query_only=ON")
 
     def close(self) -> None:
         """Close the file."""
         self._db.close()
-        self._lock.close()
+        for lock in self._locks:
+            lock.close()
 
     def read_totals(self, run: str) -> Totals:
         """A run's sums."""
@@ -153,18 +154,30 @@ def read_reply_body(db: sqlite3.Connection, reply_id: int) -> bytes:
     return db.execute("SELECT body FROM replies WHERE id = ?", (reply_id,)).fetchone()[0]
 
 
-def open_ledger(folder: Path) -> tuple[TextIO, sqlite3.Connection]:
-    """A folder's ledger, with the lock that keeps other hosts from it."""
+def open_ledger(folder: Path) -> tuple[TextIO, TextIO, sqlite3.Connection]:
+    """A folder's ledger, with the lock that keeps other hosts from it and the one for `in_turn`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock_for_host(folder)
+        turn = open(folder / "turn.lock", "a", encoding="utf-8")  # noqa: SIM115  (as long as the ledger)
     except OSError as error:
         raise StorageError(f"{folder}: the ledger cannot be kept there ({error.strerror}).") from None
     try:
-        return lock, connect(folder / "ledger.sqlite")
+        return lock, turn, connect(folder / "ledger.sqlite")
     except StorageError:
         lock.close()
+        turn.close()
         raise
+
+
+@contextlib.contextmanager
+def in_turn(file: TextIO) -> Iterator[None]:
+    """Hold the lock that a folder's writers take one after the other. Who waits is woken at once; SQLite would only look again every few milliseconds."""
+    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _lock_for_host(folder: Path) -> TextIO:

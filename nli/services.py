@@ -26,6 +26,7 @@ from nli.limiter_client import Sync
 NAMESPACE = "nli"
 GATHER_SECONDS = 0.003  # operations that come within so long are flushed together; the contract is at most 0.05
 TRAVEL_GATHER_SECONDS = 0.01  # the same where they travel to an actor: a message costs more than a flush
+MOST_DIRECT = 4  # workers of a run that may write the ledger themselves; more would queue for the disk, where the actor flushes once for all
 IDLE_SECONDS = 120.0  # an actor that nobody has called for so long ends; longer than the limiter's window
 LEDGER_PATIENCE_SECONDS = 120.0
 START_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between tries to start an actor
@@ -258,6 +259,15 @@ def _shared_options() -> dict:
         "max_concurrency": 1000,
         "enable_task_events": False,
     }
+
+
+def open_ledger_client(actor, folder: Path, node: str, num_workers: int, owner: str) -> LedgerClient:
+    """A worker's way to the ledger in a folder of a node: there it writes itself, since a message costs more than a flush; elsewhere the actor does."""
+    import ray
+
+    if num_workers <= MOST_DIRECT and ray.get_runtime_context().get_node_id() == node:
+        return LedgerClient(GroupCommit(Ledger(folder)).post, owner)
+    return LedgerClient(post_to_actor(actor), owner, TRAVEL_GATHER_SECONDS)
 
 
 def post_to_actor(actor) -> Callable[[str, Sequence[Operation]], Awaitable[list[tuple]]]:

@@ -10,13 +10,14 @@ import sqlite3
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from nli.errors import StorageError
 from nli.ledger import Ledger, new_owner
-from nli.ledger_file import LedgerReader, Totals, encode_body, request_key
+from nli.ledger_file import LedgerReader, Totals, encode_body, in_turn, request_key
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RUN, OTHER_RUN = "thoughts.jsonl", "other.jsonl"
@@ -234,6 +235,21 @@ def test_a_commit_that_took_longer_than_the_lease_kills_nobody_who_waited_for_it
     bench.ledger._clock = bench.clock
     bench.clock.now += 31
     assert bench.claim("b") == ("wait",)
+
+
+def test_a_long_wait_for_another_writer_kills_nobody_who_may_have_waited_too(tmp_path):
+    ours, other = Ledger(tmp_path, lease_seconds=0.5), Ledger(tmp_path, lease_seconds=0.5)
+    other.commit([("a", [("claim", KEY, RUN, "retry", None)])])
+    with ThreadPoolExecutor(1) as pool:
+        with in_turn(other._turn):
+            claiming = pool.submit(ours.commit, [("b", [("claim", KEY, RUN, "retry", None)])])
+            time.sleep(0.7)  # longer than the lease of "a", who cannot be heard of meanwhile
+            assert not claiming.done()
+        assert claiming.result(5) == [[("wait",)]]
+    time.sleep(0.7)
+    assert ours.commit([("b", [("claim", KEY, RUN, "retry", None)])]) == [[("go", 0)]]
+    ours.close()
+    other.close()
 
 
 def test_a_clock_that_is_set_back_makes_no_dead_worker_immortal(bench):

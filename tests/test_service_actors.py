@@ -8,6 +8,7 @@ import os
 import signal
 import time
 
+import psutil
 import pytest
 
 from nli import services
@@ -16,7 +17,7 @@ from nli.ledger import Ledger
 from nli.ledger_file import LedgerReader
 from nli.limiter import Ended, Limits
 from nli.limiter_client import LimiterClient
-from nli.services import LedgerClient, account_name, post_to_actor, start_ledger_service, start_limiter_service, sync_with_actor
+from nli.services import LedgerClient, account_name, open_ledger_client, post_to_actor, start_ledger_service, start_limiter_service, sync_with_actor
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 LIMITS = Limits(requests_per_minute=6000.0)
@@ -94,6 +95,21 @@ def test_a_ledger_s_actor_is_one_for_all_and_loses_nothing_that_it_acknowledged_
     totals = reader.read_totals("run")
     reader.close()
     assert (totals.done, totals.cost, totals.reserved, totals.ambiguous_sends) == (200, 1000, 0, 0)
+
+
+@pytest.mark.parametrize(("num_workers", "is_here", "writes"), [(4, True, True), (5, True, False), (4, False, False)])
+def test_few_workers_on_the_ledger_s_node_write_it_themselves_and_all_others_through_its_actor(ledger_actor, tmp_path, num_workers, is_here, writes):
+    import ray
+
+    @ray.remote
+    class Worker:
+        async def claim(self, folder, node):
+            client = open_ledger_client(ledger_actor, folder, node, num_workers, "worker")
+            answer = await client.call("claim", b"k", "run", "retry", None)
+            return answer, any(os.path.basename(file.path) == "ledger.sqlite" for file in psutil.Process().open_files())
+
+    node = ray.get_runtime_context().get_node_id() if is_here else "another"
+    assert ray.get(Worker.options(num_cpus=0).remote().claim.remote(tmp_path, node)) == (("go", 0), writes)
 
 
 def test_an_error_of_the_ledger_comes_back_as_our_own_without_ray_s_pages(ledger_actor, tmp_path, monkeypatch):

@@ -329,6 +329,45 @@ def test_a_run_that_was_halted_ends_without_asking_the_ledger_about_every_row(fo
     assert asyncio.run(run()) == 4
 
 
+def test_a_reply_and_the_next_claim_travel_together_and_no_call_goes_out_before_its_claim_is_back(folder):
+    async def use(server):
+        ledger = Ledger(folder)
+        ledger.begin_run(RUN, None)
+        commits, posts = GroupCommit(ledger), []
+
+        async def post(owner, operations):
+            posts.append(([operation[0] for operation in operations], len(server.calls)))
+            return await commits.post(owner, operations)
+
+        config = TeacherConfig(base_url=server.base_url, max_in_flight=1)
+        teacher = Teacher(config, PROMPT, KEY, RUN, LedgerClient(post, "worker", 0.05), LimiterClient(None, "worker", config.limits()))
+        await teacher.ask_all(many(3))
+        await teacher.close()
+        ledger.close()
+        return posts
+
+    assert with_server((Answer(text=GOOD),), use) == [(["open"], 0), (["done", "open"], 1), (["done", "open"], 2), (["done"], 3)]
+
+
+def test_rows_that_come_at_the_moment_at_which_the_last_ones_end_are_not_left_waiting(folder):
+    async def run():
+        ledger = Ledger(folder)
+        config = TeacherConfig(base_url="http://127.0.0.1:9")
+        teacher = Teacher(config, PROMPT, KEY, RUN, LedgerClient(GroupCommit(ledger).post, "worker"), LimiterClient(None, "worker", config.limits()))
+        teacher._stopped = TeacherError("stopped")  # rows end in the step that takes them
+
+        async def come_later():
+            await asyncio.sleep(0)
+            await teacher.ask_all(many(1))
+
+        ends = await asyncio.wait_for(asyncio.gather(teacher.ask_all(many(1)), come_later(), return_exceptions=True), 5)
+        await teacher.close()
+        ledger.close()
+        return [str(end) for end in ends]
+
+    assert asyncio.run(run()) == ["stopped", "stopped"]
+
+
 def test_a_second_run_asks_nothing_and_reads_the_same(ask):
     first, _ = ask(Answer(text=GOOD), rows=many(3))
     second, server = ask(Answer(status=500), rows=many(3), owner="another")
