@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 ENDED = "its process ended without a word"
 MOST_STARTS = 3  # of a worker that finishes no row between them
+MOST_EXCUSED = 4  # more, where each shows a row to be the cause and rows have been finished before: several such rows may come one after the other
 FEWEST_SHARED = 32  # rows a worker may hold, however little is left to share
 COHORTS = {1: 128, 2: 16, 3: 2}  # rows taken together that have seen so many deaths; 1 beyond
 FIRST_ROWS = {0: 1 << 30, 1: 16}  # rows for a worker after so many deaths in a row without a finished row; 1 beyond
@@ -31,6 +32,8 @@ class _Worker:
     num_finished: int = 0
     num_fruitless: int = 0
     """starts in a row that ended without a finished row"""
+    num_excused: int = 0
+    """further ones, which showed a row to be the cause"""
     is_alive: bool = True
     reason: str = ""
     """why it ended, if it could say so"""
@@ -49,6 +52,7 @@ class Leases:
         self._waiting: set[int] = set()  # suspects that nobody holds
         self._returned: set[int] = set()  # rows that nobody holds any more and that are no suspects
         self._given_up: dict[int, str] = {}
+        self._has_worked = False  # whether an engine has finished a row
         self._workers: dict[str, _Worker] = {}
 
     @property
@@ -78,7 +82,7 @@ class Leases:
         num_fruitless = before.num_fruitless if before else 0
         if num_fruitless >= MOST_STARTS:
             return f"{num_fruitless} starts in a row ended before a row was finished, the last one so: {before.reason}. Its log: {before.log}"
-        self._workers[worker] = _Worker(start, log, num_fruitless=num_fruitless)
+        self._workers[worker] = _Worker(start, log, num_fruitless=num_fruitless, num_excused=before.num_excused if before else 0)
         return None
 
     def bury(self, worker: str, reason: str, machine_lost: bool = False) -> None:
@@ -91,14 +95,21 @@ class Leases:
         if machine_lost:
             self._take_back(dead)
             return
-        dead.num_fruitless = 0 if dead.num_finished else dead.num_fruitless + 1
+        num_given_up = 0
         for row in dead.held:
             self._deaths[row] = self._deaths.get(row, 0) + 1
             if len(dead.held) == 1 and self._deaths[row] > 1:
+                num_given_up += 1
                 self._given_up[row] = f"the worker's process died {self._deaths[row]} times with this row in it, the last time with no other: {reason}"
             else:
                 self._waiting.add(row)
         dead.held = set()
+        if dead.num_finished:
+            dead.num_fruitless = dead.num_excused = 0
+        elif num_given_up and self._has_worked and dead.num_excused < MOST_EXCUSED:
+            dead.num_excused += 1
+        else:
+            dead.num_fruitless += 1
 
     def take(self, worker: str, most: int, start: str = "", has_none: bool = False) -> list[int] | None:
         """Rows for a worker to begin with, at most so many; an empty list: ask again when some have ended; None: nothing is left for it.
@@ -139,6 +150,7 @@ class Leases:
             if row in mine.held or row in self._waiting or row in self._returned:
                 self.num_finished += 1
                 mine.num_finished += 1
+                self._has_worked = True
             for place in (mine.held, self._waiting, self._returned):
                 place.discard(row)
             self._deaths.pop(row, None)

@@ -18,7 +18,7 @@ from nli.answers import derive_seed, to_answer, to_failed, vote
 from nli.desk import Desk, ask
 from nli.engines import Generation
 from nli.errors import DataError, StorageError
-from nli.leases import COHORTS, FIRST_ROWS, MOST_STARTS, Leases
+from nli.leases import COHORTS, FIRST_ROWS, MOST_EXCUSED, MOST_STARTS, Leases
 from nli.prompts import render_completion
 from nli.records import Answer, row_key
 from nli.results import Tally, summarise, write_answers, write_report, write_table
@@ -300,6 +300,34 @@ def test_a_row_that_kills_its_worker_each_time_is_given_up_and_all_others_are_do
     assert sorted(finished) == [row for row in range(1, num_rows + 1) if row != poison]
     assert list(given_up) == [poison] and "with no other" in given_up[poison]
     assert starts <= 3 + len(COHORTS) + len(FIRST_ROWS)
+
+
+@pytest.mark.parametrize("num_left", [2, 3, 4, 8, 30])
+def test_two_such_rows_are_given_up_however_few_others_are_left(num_left):
+    leases, poison, starts = Leases(150, most_held=1536), [148, 150], 1
+    leases.begin("a", "log")
+    leases.take("a", 150)
+    leases.finish("a", [row for row in range(1, 151 - num_left) if row not in poison])
+    given_up, died = {}, True
+    while died:
+        starts += 1
+        assert leases.begin("a", "log") is None
+        given_up |= leases.pop_given_up()
+        _, died = drain(leases, "a", kills=poison)
+    assert sorted(given_up) == poison and leases.is_done and leases.num_finished == 150
+    assert starts <= 1 + MOST_STARTS + MOST_EXCUSED
+
+
+def test_an_engine_that_breaks_on_the_way_is_no_excuse_for_ever():
+    leases = Leases(5000, most_held=1536)
+    leases.begin("a", "log")
+    leases.finish("a", leases.take("a", 1000))
+    starts = 1
+    leases.take("a", 1000)
+    while leases.begin("a", "log") is None:
+        starts += 1
+        assert leases.take("a", 1536)
+    assert starts <= 1 + MOST_STARTS + MOST_EXCUSED
 
 
 def test_a_suspect_cohort_has_the_worker_to_itself():
