@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 
@@ -89,12 +90,12 @@ class TwoNodes:
 @contextmanager
 def two_nodes() -> Iterator[TwoNodes]:
     """The cluster for the length of the block."""
-    os.environ |= {"RAY_AUTH_MODE": "disabled", "MISTRAL_API_KEY": "key-of-the-fault-runs"}
-    nodes = TwoNodes()
-    try:
-        yield nodes
-    finally:
-        nodes.stop()
+    with patch.dict(os.environ, {"RAY_AUTH_MODE": "disabled", "MISTRAL_API_KEY": "key-of-the-fault-runs"}):
+        nodes = TwoNodes()
+        try:
+            yield nodes
+        finally:
+            nodes.stop()
 
 
 def write_pairs(path: Path, num_rows: int) -> None:
