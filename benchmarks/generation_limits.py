@@ -78,8 +78,8 @@ def measure_tokens(folder: Path, limit: int, num_rows: int) -> dict:
 
 def measure_budget(folder: Path, dollars: float, num_rows: int) -> dict:
     """What the server charged under a budget that is too small, in several attempts."""
-    with start_teacher_server({"rate": 0.1, "late_seconds": 3.0}, latency_seconds=0.05, count="exact") as server:
-        statuses = [run_job(server, folder, num_rows, max_cost=dollars, timeout_seconds=1.0, **PRICE)[0] for _ in range(2)]
+    with start_teacher_server({"rate": 0.1, "late_seconds": 8.0}, latency_seconds=0.05, count="exact") as server:
+        statuses = [run_job(server, folder, num_rows, max_cost=dollars, timeout_seconds=5.0, **PRICE)[0] for _ in range(2)]
         bill = server.bill()
     charged = charge(bill)
     return {"max_cost": dollars, "statuses": statuses, "calls": bill["billed"], "charged": charged, "holds": charged <= dollars and statuses == [2, 2]}
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=2.5)
     parser.add_argument("--tokens-per-minute", type=int, default=200_000)
     parser.add_argument("--rows", type=int, default=800)
-    parser.add_argument("--dollars", type=float, default=0.02)
+    parser.add_argument("--dollars", type=float, default=0.05)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="nli-limits-") as place:
         folder = Path(place)
