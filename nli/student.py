@@ -107,6 +107,7 @@ class Student:
         """Keep as many rows running as the open tickets are worth."""
         try:
             while self._tickets:
+                self._changed.clear()  # before the look: what changes while the desk answers is seen
                 room = sum(ticket.num_left for ticket in self._tickets) - self._num_running
                 work = await ask(self._desk.take.remote(self._worker, room, self._start, self._num_running)) if room > 0 else []
                 for item in work or ():
@@ -117,7 +118,6 @@ class Student:
                 if work is None and not self._num_running:
                     self._end_tickets()
                     return
-                self._changed.clear()
                 is_short = room > len(work or ())
                 with contextlib.suppress(TimeoutError):  # not wait_for, which in Python 3.11 swallows a cancellation that comes with the change
                     async with asyncio.timeout(ASK_AGAIN_SECONDS if is_short else None):

@@ -460,6 +460,28 @@ def test_a_worker_s_loop_ends_when_it_is_cancelled_just_as_a_row_ends(turns):
     assert asyncio.run(cancel())
 
 
+def test_tickets_that_come_while_the_desk_answers_get_their_rows_at_once():
+    student, asked = object.__new__(Student), []
+    student._worker, student._start, student._num_running, student._tasks = "worker", "start", 0, set()
+    student._tickets, student._feeder, student._engine = deque(), None, object()
+    student._answer = lambda work: asyncio.Event().wait()
+
+    async def take(worker: str, room: int, *_) -> list:
+        asked.append(room)
+        await asyncio.sleep(0.02)
+        return [(number, 0, str(number), {}) for number in range(room)]
+
+    async def come() -> None:
+        student._desk, student._changed = SimpleNamespace(take=SimpleNamespace(remote=take)), asyncio.Event()
+        first = asyncio.create_task(student([{"num_rows": 5}]))
+        await asyncio.sleep(0.01)
+        second = asyncio.create_task(student([{"num_rows": 7}]))
+        await asyncio.wait([first, second], timeout=0.1)
+
+    asyncio.run(come())
+    assert asked == [5, 7]
+
+
 def test_rows_are_stored_though_an_engine_cannot_tell_its_figures():
     student, stored = object.__new__(Student), []
     student._worker, student._num_running, student._figures, student._figures_at = "worker", 1, {}, 0.0
