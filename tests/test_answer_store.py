@@ -105,6 +105,15 @@ def test_a_damaged_file_is_named_with_its_cure_and_left_alone(tmp_path):
     with pytest.raises(StorageError, match=r"run\.answers\.sqlite: damaged"):
         torn.check()
     torn.close()
+    path.unlink()
+    store = AnswerStore(path)
+    store.put([entry("a"), ("b", False, '{"raw_text": "cut')])
+    with pytest.raises(StorageError, match=r"run\.answers\.sqlite: damaged \(an answer is not JSON: .*\)\. Move it away"):
+        store.read(["a", "b"])
+    store._db.executescript("DROP TABLE answers; CREATE TABLE answers (id, text)")
+    with pytest.raises(StorageError, match=r"damaged \(its columns are id, text, not key, failed, answer, stored_at\)\. Move it away"):
+        store.check()
+    store.close()
 
 
 def test_a_full_disk_keeps_what_was_stored_before(store):
