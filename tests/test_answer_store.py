@@ -476,6 +476,24 @@ def test_a_worker_waits_for_the_last_rows_of_others_and_takes_them_when_their_ma
     asyncio.run(run())
 
 
+def test_a_worker_without_an_engine_waits_for_the_others_and_speaks_up_where_there_are_none(open_desk, capsys):
+    async def run() -> None:
+        desk = open_desk()
+        for worker in "ab":
+            await desk.begin(worker, "log", f"{worker}1")
+        assert [await desk.resign("a", "no memory") for _ in range(2)] == [None, None]
+        assert capsys.readouterr().out == "inference: a worker stays without an engine, the others go on: no memory\n"
+        assert str(await desk.resign("b", "no GPU")) == "no GPU" and str(await desk.resign("a", "no memory")) == "no memory"
+        await desk.begin("b", "log", "b2")
+        assert await desk.resign("a", "no memory") is None
+        while work := await desk.take("b", 3, "b2", 0):
+            assert await desk.resign("a", "no memory") is None
+            await desk.put("b", post(work), {})
+        assert await desk.resign("a", "no memory") == ""
+
+    asyncio.run(run())
+
+
 def test_rows_of_a_process_that_ended_are_for_others_though_it_finds_no_place_to_start_again(open_desk, monkeypatch):
     ended = []
     monkeypatch.setattr("nli.desk.LOOK_SECONDS", 0.02)

@@ -217,6 +217,13 @@ class TestWithRay:
             base, models = describe_models(config)
             assert open_results(replace(config, compute_dtype="fp32"), stack, Path(config.data), "transformers", base, models[0], 1).name == "run"
 
+    def test_a_worker_that_gets_no_engine_leaves_all_rows_to_the_others(self, config, fake, asked, tmp_path):
+        fake(seconds=0.02, refused=str(tmp_path / "refused"))
+        path = inference.run(config)
+        check_complete(path)
+        assert len(asked.processes()) == 1 and max(asked.count().values()) == 1
+        assert json.loads(path.with_suffix(".json").read_text())["timing"]["worker_deaths"] == 1
+
     def test_a_killed_worker_costs_at_most_the_rows_in_its_hands(self, config, fake, asked):
         fake(seconds=0.05)
         killed = []
