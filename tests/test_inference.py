@@ -470,7 +470,7 @@ def test_a_worker_s_loop_ends_when_it_is_cancelled_just_as_a_row_ends(turns):
 def test_tickets_that_come_while_the_desk_answers_get_their_rows_at_once():
     student, asked = object.__new__(Student), []
     student._worker, student._start, student._num_running, student._tasks = "worker", "start", 0, set()
-    student._tickets, student._feeder, student._engine = deque(), None, object()
+    student._tickets, student._feeder, student._engine, student._problem = deque(), None, object(), ""
     student._answer = lambda work: asyncio.Event().wait()
 
     async def take(worker: str, room: int, *_) -> list:
