@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from nli.adapter_files import find_weights
 from nli.answer_store import AnswerStore
 from nli.checkpoints import describe_model, fingerprint_model, resolve_template
-from nli.errors import ConfigError, DataError, ModelError, ResumeError
+from nli.errors import ConfigError, DataError, ModelError, ResumeError, StorageError
 from nli.model import check_base
 from nli.prompts import STUDENT_PROMPT_NAME, prompt_sha256
 from nli.runs import Run, is_in_use, read_manifest, start_run
@@ -132,7 +132,8 @@ def _stopping_on_error(record: Run) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        record.stop(record.manifest["counts"])
+        with contextlib.suppress(StorageError):  # on a full disk; what ended the run is to be told
+            record.stop(record.manifest["counts"])
         raise
 
 

@@ -48,8 +48,10 @@ class Run:
 
     def stop(self, counts: Mapping) -> None:
         """Record an attempt that ends before the work does, and let others at the output."""
-        self._save(counts)
-        self._lock.close()
+        try:
+            self._save(counts)
+        finally:
+            self._lock.close()
 
     def _save(self, counts: Mapping) -> None:
         self.manifest["attempts"][-1]["seconds"] = round(time.monotonic() - self._clock, 2)

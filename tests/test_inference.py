@@ -380,6 +380,27 @@ def test_models_of_several_bases_or_of_one_name_are_refused(config, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
+def test_what_ends_a_run_is_told_though_the_manifest_cannot_be_written_any_more(config, monkeypatch):
+    base, (model,) = describe_models(config)
+
+    def fill_disk(path: Path, write: object) -> None:
+        raise StorageError(f"{path}: cannot be written")
+
+    def open_run(stack):
+        return open_results(config, stack, Path(config.data), "transformers", base, model, 1)
+
+    def fail() -> None:
+        with monkeypatch.context() as patch, contextlib.ExitStack() as stack:
+            open_run(stack)
+            patch.setattr("nli.runs.write_atomic", fill_disk)
+            raise ModelError("no GPU")
+
+    with pytest.raises(ModelError, match="no GPU"):
+        fail()
+    with contextlib.ExitStack() as stack:
+        assert open_run(stack).name == "run"  # it is let go
+
+
 def test_a_run_without_a_name_goes_on_with_an_interrupted_one_of_the_same_kind(config, monkeypatch):
     config = replace(config, run_name="")
     source = Path(config.data)
