@@ -114,7 +114,7 @@ def open_results(config: "InferenceConfig", stack: contextlib.ExitStack, source:
 def find_interrupted(folder: Path, identity: Mapping, source: Path) -> str | None:
     """The name of an unfinished run of the same model, settings and data in the results folder."""
     for path in sorted(folder.glob("*.manifest.json"), reverse=True):
-        with contextlib.suppress(ResumeError, OSError):  # of another run: damaged, or another user's
+        with contextlib.suppress(ResumeError, StorageError, OSError):  # of another run: damaged, or another user's
             manifest = read_manifest(path)
             same = manifest is not None and manifest["identity"] == dict(identity) and str(source) in manifest.get("inputs", ())
             if same and manifest["status"] == "running" and not is_in_use(path):
