@@ -22,6 +22,7 @@ from nli.parsing import ParseStatus
 from nli.records import Answer, Example, row_key
 
 CHUNK = 500  # keys in one statement
+_COLUMNS = ["key", "failed", "answer", "stored_at"]
 
 _ANSWER_FIELDS = set(Answer.model_fields) - set(Example.model_fields)
 
@@ -48,11 +49,14 @@ class AnswerStore:
         self._db.close()
 
     def check(self) -> None:
-        """Raise StorageError if the file is damaged."""
+        """Raise StorageError if the file is damaged, or is not this project's."""
         with self._explaining():
             found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            columns = [name for (name,) in self._db.execute("SELECT name FROM pragma_table_info('answers') ORDER BY cid")]
         if found != "ok":
             raise StorageError(self._cure(found))
+        if columns != _COLUMNS:
+            raise StorageError(self._cure(f"its columns are {', '.join(columns)}, not {', '.join(_COLUMNS)}"))
 
     def put(self, entries: Iterable[Entry]) -> int:
         """Store finished rows in one transaction; returns how many. A good answer is never replaced, a failed one by any."""
@@ -79,7 +83,10 @@ class AnswerStore:
 
     def read(self, keys: Sequence[str]) -> dict[str, dict]:
         """The answers to the keys, as far as there are any."""
-        return {key: json.loads(answer) for key, answer in self._select("key, answer", keys)}
+        try:
+            return {key: json.loads(answer) for key, answer in self._select("key, answer", keys)}
+        except ValueError as error:
+            raise StorageError(self._cure(f"an answer is not JSON: {error}")) from None
 
     def count(self) -> int:
         """How many rows are stored."""

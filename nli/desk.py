@@ -1,6 +1,6 @@
 """The one place where the workers of an inference run get rows and bring answers: an actor on the driver's machine.
 
-    desk = start_desk(worklist.path, [store.path, …], most_held=1536, frames=[…])
+    desk = start_desk(worklist.path, [store.path, …], most_held=1536, frames=[…], num_workers=2)
     await ask(desk.take.remote(worker, 64, start, 0))        -> [Work(number=17, target=0, key="17:9c…", row={"id": "17", "premise": …}), …]
     await ask(desk.put.remote(worker, [(17, 0, "17:9c…", False, 38, '{"raw_text": …}')], {}))      on disk when it returns
 
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from nli.answer_store import AnswerStore
 from nli.answers import to_failed
-from nli.errors import NLIError, StorageError
+from nli.errors import ModelError, NLIError, StorageError
 from nli.leases import ENDED, Leases
 from nli.services import Gatherer
 from nli.worklist import count_pending, read_pending_work
@@ -46,10 +46,10 @@ Finished = tuple[int, int, str, bool, int, str]  # number, target, key, whether 
 class Desk:
     """Ray actor: rows out, answers in. Errors of ours come back as values, without Ray's stack traces."""
 
-    def __init__(self, worklist: str, stores: Sequence[str], most_held: int, started_at: float, frames: Sequence[Mapping]) -> None:
+    def __init__(self, worklist: str, stores: Sequence[str], most_held: int, started_at: float, frames: Sequence[Mapping], num_workers: int = 1) -> None:
         self._worklist = worklist
         self._stores = [AnswerStore(Path(path)) for path in stores]
-        self._frames = frames
+        self._frames, self._num_workers = frames, num_workers
         self._started_at = started_at
         self._leases = Leases(count_pending(worklist), most_held)
         self._gatherer = Gatherer(self._flush, GATHER_SECONDS)
@@ -61,6 +61,7 @@ class Desk:
         self._last_at: float | None = None
         self._given_up: dict[int, str] = {}  # rows with the reason, until that is stored
         self._machines: dict[str, str] = {}  # of the workers
+        self._without_engine: set[str] = set()  # workers that live and cannot work
         self._heard_at: dict[str, float] = {}  # of the workers
         self._staffed_at = self._moved_at = time.monotonic()  # when there was a worker, and when a row ended, last
         self._watch: asyncio.Task | None = None
@@ -69,6 +70,7 @@ class Desk:
         """`Leases.begin`; a row that was given up becomes a failed row. "" if there is nothing to do. `machine` is its id in the cluster."""
         await self._bury_lost()  # if it moved for that, its last start is not to blame
         reason = self._leases.begin(worker, log, start)
+        self._without_engine.discard(worker)
         if machine:
             self._machines[worker] = machine
         try:
@@ -82,6 +84,21 @@ class Desk:
         self._leases.bury(worker, reason)
         with contextlib.suppress(NLIError):  # whoever stores an answer meets the same error
             self._store_given_up()
+
+    async def resign(self, worker: str, problem: str) -> str | NLIError | None:
+        """A worker has no engine and gets none. None: others may have one, ask again; "": nothing is left to do; an error: no worker has one."""
+        self._note()
+        is_new = worker not in self._without_engine
+        if is_new:
+            self._without_engine.add(worker)
+            self._leases.bury(worker, problem)
+        if self._leases.is_done:
+            return ""
+        if len(self._without_engine) >= max(self._num_workers, self._leases.num_workers):
+            return ModelError(problem)
+        if is_new:
+            print(f"inference: a worker stays without an engine, the others go on: {problem}", flush=True)
+        return None
 
     async def take(self, worker: str, most: int, start: str, num_running: int) -> list[Work] | NLIError | None:
         """`Leases.take`, with the rows. Those that are stored already are left out.
@@ -250,15 +267,15 @@ def _raise_errors(answer: object) -> object:
     return answer
 
 
-def start_desk(worklist: Path, stores: Sequence[Path], most_held: int, frames: Sequence[Mapping]):
-    """The desk of a run, on this machine. Raises StorageError if it cannot open its files."""
+def start_desk(worklist: Path, stores: Sequence[Path], most_held: int, frames: Sequence[Mapping], num_workers: int):
+    """The desk of a run that waits for so many workers, on this machine. Raises StorageError if it cannot open its files."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # Task events would tell the dashboard of each of many messages a second.
     options = {"scheduling_strategy": here, "num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": 1000, "enable_task_events": False}
-    desk = ray.remote(Desk).options(**options).remote(str(worklist), [str(path) for path in stores], most_held, time.time(), list(frames))
+    desk = ray.remote(Desk).options(**options).remote(str(worklist), [str(path) for path in stores], most_held, time.time(), list(frames), num_workers)
     try:
         ray.get(desk.describe.remote())
     except ray.exceptions.RayActorError as error:

@@ -12,6 +12,7 @@ A merged model is not the trained one: the weights are rounded to bf16 after the
 held against the unmerged adapter on the base precision of its training before the folder gets its name.
 """
 
+import contextlib
 import gc
 import json
 import shutil
@@ -25,13 +26,13 @@ from nli.checkpoints import CARD, describe_model, fingerprint_model, flush_to_di
 from nli.cluster import check_gpu_choice, connected, own_error
 from nli.config import Count, CountOrZero, as_dict, config_class
 from nli.engines import Decoding, EngineSettings, Generation, Request, answer_all
-from nli.errors import ConfigError, DataError, ModelError, ResumeError
+from nli.errors import ConfigError, DataError, ModelError, ResumeError, StorageError
 from nli.model import check_base, load_adapter, load_base
 from nli.parsing import ParseStatus, parse_answer
 from nli.records import SFTExample
-from nli.runs import read_commit, read_hardware, read_manifest, read_versions
+from nli.runs import lock_output, read_commit, read_hardware, read_manifest, read_versions
 from nli.storage import read_jsonl, resolve_input, resolve_output, sha256_file, write_atomic
-from nli.tokenization import encode_example, encode_prompt, load_tokenizer
+from nli.tokenization import encode_example, encode_prompt, first_line, load_tokenizer
 from nli.transformers_engine import TransformersEngine
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ class ExportConfig:
 def run(config: ExportConfig) -> Path:
     """Merge, compare, and give the folder its name; returns it.
 
-    Raises ConfigError, DataError or ModelError before a model is loaded, and ResumeError if the folder holds anything else than this very export.
+    Raises ConfigError, DataError, ModelError or StorageError before a model is loaded, and ResumeError if the folder holds anything else than this very
+    export or another process is at work on it.
     """
     check_gpu_choice(config.gpu, config.use_gpu)
     base, adapter = describe_model(str(resolve_input(config.model, config.storage_root)), config.base_model)
@@ -95,7 +97,7 @@ def run(config: ExportConfig) -> Path:
         raise ResumeError(f"{output} is not empty and holds another model or other files; choose another output_dir. Nothing was changed.")
     rows = read_rows(config, Path(adapter))
     job = {"config": as_dict(config), "base": base, "adapter": adapter, "card": card, "identity": identity, "rows": rows, "output": str(output)}
-    with connected(config.gpu):
+    with contextlib.closing(lock_output(output)), connected(config.gpu):
         run_worker(job, config)
     report = read_export(output)
     print(f"export: {config.form} -> {output}: {describe_check(report['check'])}", flush=True)
@@ -155,9 +157,15 @@ def merge(base: str, adapter: str, form: str, compute_dtype: str, device: str) -
 
 
 def save_merged(model: "PreTrainedModel", base: str, folder: Path) -> None:
-    """Save a model as safetensors, with the base's tokenizer."""
-    model.save_pretrained(folder)
-    load_tokenizer(base).save_pretrained(folder)
+    """Save a model as safetensors, with the base's tokenizer. Raises StorageError, and leaves nothing, if there is no room for it."""
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(folder)
+        load_tokenizer(base).save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise StorageError(f"{folder}: cannot be written ({first_line(error)}). Free space or choose another output_dir.") from None
 
 
 def read_rows(config: ExportConfig, adapter: Path) -> list[dict]:

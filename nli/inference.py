@@ -179,7 +179,7 @@ def answer(config: InferenceConfig, engine: str, settings: EngineSettings, sets:
     num_pending = sum(each.num_pending for each in sets)
     settings = replace(settings, num_requests=-(-num_pending * config.num_samples // num_workers))
     size, most_held = plan_ticket(engine, settings, config.num_samples, num_pending)
-    desk = start_desk(worklist.path, [each.store.path for each in sets], most_held, [each.target.frame for each in sets])
+    desk = start_desk(worklist.path, [each.store.path for each in sets], most_held, [each.target.frame for each in sets], num_workers)
     # More tickets than rows: a worker that is ready late, or comes to a cluster that grows, finds some. Without rows they end at once.
     spare = max(num_workers, config.max_workers) * (TICKETS_AT_ONCE + 2)
     tickets = [{"num_rows": size}] * (-(-num_pending // size) + spare)

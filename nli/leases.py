@@ -65,6 +65,11 @@ class Leases:
         """How many workers have begun and are not known to be dead."""
         return sum(worker.is_alive for worker in self._workers.values())
 
+    @property
+    def num_workers(self) -> int:
+        """How many workers ever began: one that is dead may come back."""
+        return len(self._workers)
+
     def list_logs(self) -> list[str]:
         """Where the workers that are alive write what they say."""
         return [worker.log for worker in self._workers.values() if worker.is_alive]

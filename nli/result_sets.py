@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from nli.adapter_files import find_weights
 from nli.answer_store import AnswerStore
 from nli.checkpoints import describe_model, fingerprint_model, resolve_template
-from nli.errors import ConfigError, DataError, ModelError, ResumeError
+from nli.errors import ConfigError, DataError, ModelError, ResumeError, StorageError
 from nli.model import check_base
 from nli.prompts import STUDENT_PROMPT_NAME, prompt_sha256
 from nli.runs import Run, is_in_use, read_manifest, start_run
@@ -114,7 +114,7 @@ def open_results(config: "InferenceConfig", stack: contextlib.ExitStack, source:
 def find_interrupted(folder: Path, identity: Mapping, source: Path) -> str | None:
     """The name of an unfinished run of the same model, settings and data in the results folder."""
     for path in sorted(folder.glob("*.manifest.json"), reverse=True):
-        with contextlib.suppress(ResumeError, OSError):  # of another run: damaged, or another user's
+        with contextlib.suppress(ResumeError, StorageError, OSError):  # of another run: damaged, or another user's
             manifest = read_manifest(path)
             same = manifest is not None and manifest["identity"] == dict(identity) and str(source) in manifest.get("inputs", ())
             if same and manifest["status"] == "running" and not is_in_use(path):
@@ -132,7 +132,8 @@ def _stopping_on_error(record: Run) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        record.stop(record.manifest["counts"])
+        with contextlib.suppress(StorageError):  # on a full disk; what ended the run is to be told
+            record.stop(record.manifest["counts"])
         raise
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TextIO
 
 from nli.config import as_dict
-from nli.errors import ResumeError
+from nli.errors import ResumeError, StorageError
 from nli.storage import sha256_file, write_atomic
 
 _PACKAGES = ("ray", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "vllm", "mistralai", "aiohttp", "pyarrow")
@@ -48,8 +48,10 @@ class Run:
 
     def stop(self, counts: Mapping) -> None:
         """Record an attempt that ends before the work does, and let others at the output."""
-        self._save(counts)
-        self._lock.close()
+        try:
+            self._save(counts)
+        finally:
+            self._lock.close()
 
     def _save(self, counts: Mapping) -> None:
         self.manifest["attempts"][-1]["seconds"] = round(time.monotonic() - self._clock, 2)
@@ -62,10 +64,11 @@ def start_run(path: Path, stage: str, identity: Mapping, config: object, inputs:
 
     `has_work` tells whether outputs are there that this attempt could mix with; None: a manifest tells. The output is this process's until the attempt
     finishes or the process ends.
-    Raises ResumeError that shows each differing value; also for outputs without a manifest, and while another process works on them.
+    Raises ResumeError that shows each differing value; also for outputs without a manifest, and while another process works on them. Raises StorageError
+    where nothing can be written.
     """
     identity = json.loads(json.dumps(identity))
-    lock = _lock_output(path)
+    lock = lock_output(path)
     earlier = None if has_work is False else read_manifest(path)
     if has_work and earlier is None:
         raise ResumeError(f"{path}: missing, and the output that it belongs to is there: nobody knows how it was made. Choose another output, or move it away.")
@@ -96,16 +99,19 @@ def start_run(path: Path, stage: str, identity: Mapping, config: object, inputs:
 def is_in_use(path: Path) -> bool:
     """Whether a process is at work on the output that the manifest at `path` describes."""
     try:
-        _lock_output(path).close()
+        lock_output(path).close()
     except ResumeError:
         return True
     return False
 
 
-def _lock_output(path: Path) -> TextIO:
+def lock_output(path: Path) -> TextIO:
     """An advisory lock beside the manifest, which ends with the process; as good across nodes as the file system's."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path.with_name(f".{path.name}.lock"), "a+", encoding="utf-8")  # noqa: SIM115  (held while the run lasts)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path.with_name(f".{path.name}.lock"), "a+", encoding="utf-8")  # noqa: SIM115  (held while the run lasts)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written ({error.strerror}). Free space or choose another output.") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

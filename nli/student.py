@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pathlib import Path
 from nli.answers import derive_seed, to_answer, to_failed
 from nli.desk import Work, ask, ask_now
 from nli.engines import Engine, EngineSettings, Generation, Request
-from nli.errors import EngineDead, ModelError, NLIError
+from nli.errors import EngineDead, NLIError
 from nli.prompts import render_prompt
 from nli.services import Gatherer
 
@@ -26,6 +27,7 @@ PUT_SECONDS = 0.02  # answers that finish within so long travel together; a row 
 ASK_AGAIN_SECONDS = 0.05  # between two requests for rows where the desk gave fewer than there is room for
 FIGURES_SECONDS = 1.0
 BURY_SECONDS = 10.0  # for the desk to learn why this process ends
+RESIGNED_SECONDS = 0.5  # between two looks of a worker without an engine at whether the others are done
 TICKETS_AT_ONCE = 13  # of one worker: all but one are always whole
 MOST_TICKETS = 500  # of one run, as far as its length goes: each costs Ray Data some milliseconds
 
@@ -65,18 +67,16 @@ class Student:
         self._worker = ray.get_runtime_context().get_actor_id()
         self._start = f"{os.getpid()} at {time.time()}"
         reason = ask_now(desk.begin.remote(self._worker, describe_log(), self._start, ray.get_runtime_context().get_node_id()))
-        if reason:
-            raise ModelError(f"The engine {engine_name} cannot work: {reason}")
         self._engine = None
+        self._problem = f"The engine {engine_name} cannot work: {reason}" if reason else ""  # why there is no engine
         if reason is None:  # else nothing is left to do
             try:
                 self._engine = build(engine_name, settings)
-            except NLIError:
-                raise
+            except NLIError as error:
+                self._problem = str(error)
             except Exception as error:
-                raise ModelError(
-                    f"The engine {engine_name} cannot load {settings.base} ({type(error).__name__}: {error}). Its log: {describe_log()}"
-                ) from error
+                traceback.print_exc()
+                self._problem = f"The engine {engine_name} cannot load {settings.base} ({type(error).__name__}: {error}). Its log: {describe_log()}"
         self._puts = Gatherer(self._put, PUT_SECONDS)
         self._tickets: deque[_Ticket] = deque()
         self._num_running = 0
@@ -88,9 +88,16 @@ class Student:
         self._figures_at = 0.0
 
     async def __call__(self, tickets: list[dict]) -> list[dict]:
+        if self._problem:
+            await self._leave_to_others()
         if self._engine is None:
             return []
         return [{"num_rows": await self._work_off(ticket["num_rows"])} for ticket in tickets]
+
+    async def _leave_to_others(self) -> None:
+        """Keep the tickets, which others have enough of, until the rows are done. Raises ModelError if no worker has an engine."""
+        while await ask(self._desk.resign.remote(self._worker, self._problem)) is None:
+            await asyncio.sleep(RESIGNED_SECONDS)
 
     async def _work_off(self, num_rows: int) -> int:
         """Wait until so many rows are finished, or nothing is left; returns how many were."""
@@ -107,6 +114,7 @@ class Student:
         """Keep as many rows running as the open tickets are worth."""
         try:
             while self._tickets:
+                self._changed.clear()  # before the look: what changes while the desk answers is seen
                 room = sum(ticket.num_left for ticket in self._tickets) - self._num_running
                 work = await ask(self._desk.take.remote(self._worker, room, self._start, self._num_running)) if room > 0 else []
                 for item in work or ():
@@ -117,7 +125,6 @@ class Student:
                 if work is None and not self._num_running:
                     self._end_tickets()
                     return
-                self._changed.clear()
                 is_short = room > len(work or ())
                 with contextlib.suppress(TimeoutError):  # not wait_for, which in Python 3.11 swallows a cancellation that comes with the change
                     async with asyncio.timeout(ASK_AGAIN_SECONDS if is_short else None):

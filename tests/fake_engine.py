@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nli.engines import EngineSettings, Generation, Request
-from nli.errors import EngineDead
+from nli.errors import EngineDead, ModelError
 from nli.prompts import render_completion
 
 
@@ -26,6 +26,8 @@ class FakeSettings:
     seconds: float = 0.0
     at_once: int = 8
     dies_when_loading: bool = False
+    refused: str = ""
+    """file that the first process to load makes, and then has no engine; all others have one"""
     load_seconds: float = 0.0
     is_healthy: bool = False
 
@@ -37,6 +39,9 @@ class FakeEngine:
         if fake.dies_when_loading:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(fake.load_seconds)
+        if fake.refused and not os.path.exists(fake.refused):
+            with open(fake.refused, "x", encoding="utf-8"):
+                raise ModelError("the GPU has 12 of 80 MiB free")
         self._fake, self._settings = fake, settings
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(fake.at_once)

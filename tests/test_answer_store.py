@@ -105,6 +105,15 @@ def test_a_damaged_file_is_named_with_its_cure_and_left_alone(tmp_path):
     with pytest.raises(StorageError, match=r"run\.answers\.sqlite: damaged"):
         torn.check()
     torn.close()
+    path.unlink()
+    store = AnswerStore(path)
+    store.put([entry("a"), ("b", False, '{"raw_text": "cut')])
+    with pytest.raises(StorageError, match=r"run\.answers\.sqlite: damaged \(an answer is not JSON: .*\)\. Move it away"):
+        store.read(["a", "b"])
+    store._db.executescript("DROP TABLE answers; CREATE TABLE answers (id, text)")
+    with pytest.raises(StorageError, match=r"damaged \(its columns are id, text, not key, failed, answer, stored_at\)\. Move it away"):
+        store.check()
+    store.close()
 
 
 def test_a_full_disk_keeps_what_was_stored_before(store):
@@ -463,6 +472,24 @@ def test_a_worker_waits_for_the_last_rows_of_others_and_takes_them_when_their_ma
         assert await desk.take("b", 3, "b2", 0) is None and await desk.take("a", 3, "a1", 0) is None
         assert await desk.begin("c", "log", "c1", "here") == ""
         assert (await desk.describe())["deaths"] == 1
+
+    asyncio.run(run())
+
+
+def test_a_worker_without_an_engine_waits_for_the_others_and_speaks_up_where_there_are_none(open_desk, capsys):
+    async def run() -> None:
+        desk = open_desk()
+        for worker in "ab":
+            await desk.begin(worker, "log", f"{worker}1")
+        assert [await desk.resign("a", "no memory") for _ in range(2)] == [None, None]
+        assert capsys.readouterr().out == "inference: a worker stays without an engine, the others go on: no memory\n"
+        assert str(await desk.resign("b", "no GPU")) == "no GPU" and str(await desk.resign("a", "no memory")) == "no memory"
+        await desk.begin("b", "log", "b2")
+        assert await desk.resign("a", "no memory") is None
+        while work := await desk.take("b", 3, "b2", 0):
+            assert await desk.resign("a", "no memory") is None
+            await desk.put("b", post(work), {})
+        assert await desk.resign("a", "no memory") == ""
 
     asyncio.run(run())
 

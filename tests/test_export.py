@@ -6,15 +6,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from nli import export
 from nli.checkpoints import describe_model, write_card
-from nli.errors import ConfigError, DataError, ModelError, ResumeError
+from nli.errors import ConfigError, DataError, ModelError, ResumeError, StorageError
 from nli.examples import read_examples
 from nli.export import ExportConfig
 from nli.prompts import render_completion
+from nli.runs import lock_output
 from nli.sft_data import build_sft_row
 from nli.storage import sha256_file, write_jsonl
 from tests.conftest import REPOSITORY, TINY_BASE
@@ -178,6 +180,27 @@ def test_what_cannot_be_merged_is_refused_before_a_model_is_loaded(adapters, dev
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_that_cannot_be_written_or_is_being_made_is_refused_before_a_model_is_loaded(adapters, dev_file, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"file/out: cannot be written \("):
+        export.run(config_of(adapters["nf4"], tmp_path / "file/out", dev_file))
+    with lock_output(tmp_path / "out"), pytest.raises(ResumeError, match=rf"process {os.getpid()} on .* is at work on out; wait for it"):
+        export.run(config_of(adapters["nf4"], tmp_path / "out", dev_file))
+
+
+def test_a_disk_without_room_for_the_merged_model_is_named_and_no_part_of_it_stays(tmp_path):
+    from safetensors import SafetensorError
+
+    def save_pretrained(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(StorageError, match=r"partial: cannot be written \(.*No space left on device"):
+        export.save_merged(SimpleNamespace(save_pretrained=save_pretrained), TINY_BASE, tmp_path / "partial")
+    assert not (tmp_path / "partial").exists()
+
+
 def test_an_adapter_that_diverged_is_refused_by_name(tmp_path):
     adapter = make_adapter(tmp_path / "adapter", "none", scale=float("inf"))
     with pytest.raises(ModelError, match=r"merging makes model.layers.0.self_attn.q_proj.weight infinite or not a number"):
@@ -205,4 +228,4 @@ def test_the_job_merges_and_leaves_no_half_made_folder(no_ray, adapters, dev_fil
     done = subprocess.run(command, cwd=REPOSITORY, env=dict(os.environ), capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "of 4 labels and" in done.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".merged.lock", "merged"]

@@ -217,6 +217,13 @@ class TestWithRay:
             base, models = describe_models(config)
             assert open_results(replace(config, compute_dtype="fp32"), stack, Path(config.data), "transformers", base, models[0], 1).name == "run"
 
+    def test_a_worker_that_gets_no_engine_leaves_all_rows_to_the_others(self, config, fake, asked, tmp_path):
+        fake(seconds=0.02, refused=str(tmp_path / "refused"))
+        path = inference.run(config)
+        check_complete(path)
+        assert len(asked.processes()) == 1 and max(asked.count().values()) == 1
+        assert json.loads(path.with_suffix(".json").read_text())["timing"]["worker_deaths"] == 1
+
     def test_a_killed_worker_costs_at_most_the_rows_in_its_hands(self, config, fake, asked):
         fake(seconds=0.05)
         killed = []
@@ -373,6 +380,27 @@ def test_models_of_several_bases_or_of_one_name_are_refused(config, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
+def test_what_ends_a_run_is_told_though_the_manifest_cannot_be_written_any_more(config, monkeypatch):
+    base, (model,) = describe_models(config)
+
+    def fill_disk(path: Path, write: object) -> None:
+        raise StorageError(f"{path}: cannot be written")
+
+    def open_run(stack):
+        return open_results(config, stack, Path(config.data), "transformers", base, model, 1)
+
+    def fail() -> None:
+        with monkeypatch.context() as patch, contextlib.ExitStack() as stack:
+            open_run(stack)
+            patch.setattr("nli.runs.write_atomic", fill_disk)
+            raise ModelError("no GPU")
+
+    with pytest.raises(ModelError, match="no GPU"):
+        fail()
+    with contextlib.ExitStack() as stack:
+        assert open_run(stack).name == "run"  # it is let go
+
+
 def test_a_run_without_a_name_goes_on_with_an_interrupted_one_of_the_same_kind(config, monkeypatch):
     config = replace(config, run_name="")
     source = Path(config.data)
@@ -458,6 +486,28 @@ def test_a_worker_s_loop_ends_when_it_is_cancelled_just_as_a_row_ends(turns):
         return is_ended
 
     assert asyncio.run(cancel())
+
+
+def test_tickets_that_come_while_the_desk_answers_get_their_rows_at_once():
+    student, asked = object.__new__(Student), []
+    student._worker, student._start, student._num_running, student._tasks = "worker", "start", 0, set()
+    student._tickets, student._feeder, student._engine, student._problem = deque(), None, object(), ""
+    student._answer = lambda work: asyncio.Event().wait()
+
+    async def take(worker: str, room: int, *_) -> list:
+        asked.append(room)
+        await asyncio.sleep(0.02)
+        return [(number, 0, str(number), {}) for number in range(room)]
+
+    async def come() -> None:
+        student._desk, student._changed = SimpleNamespace(take=SimpleNamespace(remote=take)), asyncio.Event()
+        first = asyncio.create_task(student([{"num_rows": 5}]))
+        await asyncio.sleep(0.01)
+        second = asyncio.create_task(student([{"num_rows": 7}]))
+        await asyncio.wait([first, second], timeout=0.1)
+
+    asyncio.run(come())
+    assert asked == [5, 7]
 
 
 def test_rows_are_stored_though_an_engine_cannot_tell_its_figures():

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from nli.config import config_class
-from nli.errors import ResumeError
+from nli.errors import ResumeError, StorageError
 from nli.runs import describe_differences, manifest_beside, read_commit, read_hardware, read_manifest, read_versions, start_run
 
 
@@ -168,3 +168,9 @@ def test_two_processes_cannot_work_on_one_output(path):
     run.finish({})
     assert not is_in_use(path)
     assert start(path).was_finished
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"file/out/manifest\.json: cannot be written \(Not a directory\)\. Free space or choose another output"):
+        start_run(tmp_path / "file/out/manifest.json", "evaluation", {}, None)
