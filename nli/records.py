@@ -122,3 +122,8 @@ def content_hash(parts: Iterable[str]) -> str:
 def is_correct(answer: Mapping) -> bool:
     """Whether an answer could be read and agrees with the true label."""
     return answer["parse_status"] == ParseStatus.OK and answer["predicted_label"] == answer["true_label"]
+
+
+def list_counts(counts: Mapping[str, int]) -> str:
+    """{"label_disagrees": 6, "truncated": 2}  ->  "label disagrees 6, truncated 2"."""
+    return ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items())

@@ -17,7 +17,7 @@ from nli.generation import Generation, run_generation
 from nli.leaks import betrays_label
 from nli.parsing import ParseStatus
 from nli.prompts import TEACHER_PROMPTS
-from nli.records import Answer, is_correct
+from nli.records import Answer, is_correct, list_counts
 from nli.storage import iterate_jsonl, resolve_input, resolve_output
 from nli.teacher import Outcome, TeacherConfig, describe_parameters
 
@@ -87,7 +87,7 @@ def run(config: GenerateReflectionsConfig) -> Path:
         left = f"{answers['unreadable']} unreadable and {answers['unlabelled']} unlabelled ones left out"
         dead = {name.removeprefix("dead_"): count for name, count in counts.items() if name.startswith("dead_")}
         usable = counts["rows"] - sum(dead.values())
-        reasons = f" ({dead})" if dead else ""
+        reasons = f" ({list_counts(dead)})" if dead else ""
         print(f"reflections: {answers['answers']} answers, {left}; {usable} of {counts['rows']} reflections usable{reasons} -> {output}", flush=True)
     return output
 

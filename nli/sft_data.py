@@ -21,7 +21,7 @@ from nli.config import CountOrZero, config_class
 from nli.errors import ConfigError, DataError
 from nli.parsing import ParseStatus
 from nli.prompts import render_completion, render_student_prompt, student_prompt_sha256
-from nli.records import Answer, Reflection, is_correct, row_key
+from nli.records import Answer, Reflection, is_correct, list_counts, row_key
 from nli.runs import manifest_beside, start_run
 from nli.storage import index_rows, read_jsonl, resolve_input, resolve_output, sha256_file, write_jsonl
 
@@ -128,7 +128,7 @@ def run(config: PrepareSFTDataConfig) -> Path:
         reflections = index_rows(read_jsonl(inputs[1], Reflection), inputs[1]) if inputs[1].stat().st_size else {}
     rows, counts = select_rows(index_rows(answers, thoughts).values(), reflections, config)
     if not rows:
-        raise DataError(f"{thoughts}: no answer can be used for ablation {config.ablation} ({dict(counts)}).")
+        raise DataError(f"{thoughts}: no answer can be used for ablation {config.ablation} ({list_counts(counts)}).")
     identity = {
         "ablation": config.ablation,
         "filter_correct": config.filter_correct,
@@ -138,5 +138,5 @@ def run(config: PrepareSFTDataConfig) -> Path:
     record = start_run(manifest_beside(output), "sft_data", identity, config, inputs, has_work=output.exists())
     write_jsonl(output, rows)
     record.finish({"rows": len(rows), "label_1": sum(row["completion"].endswith(": 1}") for row in rows), **counts, "sha256": sha256_file(output)})
-    print(f"sft_data: {config.ablation}: {len(rows)} rows, {dict(counts)} -> {output}", flush=True)
+    print(f"sft_data: {config.ablation}: {len(rows)} rows ({list_counts(counts)}) -> {output}", flush=True)
     return output

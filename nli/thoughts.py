@@ -19,7 +19,7 @@ from nli.generation import Generation, run_generation
 from nli.leaks import betrays_label
 from nli.parsing import ParseStatus
 from nli.prompts import TEACHER_PROMPTS
-from nli.records import Answer, is_correct
+from nli.records import Answer, is_correct, list_counts
 from nli.storage import iterate_jsonl, resolve_input, resolve_output
 from nli.teacher import Outcome, TeacherConfig, describe_parameters
 
@@ -137,9 +137,9 @@ def count_answer(counts: Counter, answer: Mapping) -> None:
 def describe_counts(counts: Mapping) -> str:
     """The counts in one line, failures first."""
     failed = {name.removeprefix("status_"): count for name, count in counts.items() if name.startswith("status_") and name != "status_ok"}
-    parts = [f"{sum(failed.values())} of {counts['rows']} without a usable answer" + (f" ({failed})" if failed else "")]
+    parts = [f"{sum(failed.values())} of {counts['rows']} without a usable answer" + (f" ({list_counts(failed)})" if failed else "")]
     parts.append(f"{counts['first_reply_ok']} usable at the first reply")
     if counts["labelled"]:
         parts.append(f"{counts['correct']} of {counts['labelled']} labelled rows right ({counts['correct'] / counts['labelled']:.3f})")
-    parts.append(f"{counts['prompt_tokens']} + {counts['completion_tokens']} tokens")
+    parts.append(f"{counts['prompt_tokens']} + {counts['completion_tokens']} tokens of prompts and replies")
     return ", ".join(parts)

@@ -131,7 +131,7 @@ def test_conflicting_fields_are_refused(values):
 def test_no_usable_answer_is_an_error_and_writes_nothing(tmp_path):
     write_jsonl(tmp_path / "thoughts.jsonl", [WRONG])
     config = PrepareSFTDataConfig(thoughts=str(tmp_path / "thoughts.jsonl"), output_jsonl=str(tmp_path / "out.jsonl"))
-    with pytest.raises(DataError, match="no answer can be used for ablation correct_only"):
+    with pytest.raises(DataError, match=r"no answer can be used for ablation correct_only \(left out wrong answer 1\)"):
         run(config)
     assert not (tmp_path / "out.jsonl").exists()
 
