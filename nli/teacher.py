@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field
 
@@ -140,6 +141,13 @@ def check_teacher(config: TeacherConfig) -> str:
         raise TeacherError(f"--base-url {config.base_url!r} is not an http:// or https:// address.")
     if "@" in config.base_url or "?" in config.base_url:
         raise TeacherError(f"--base-url may hold no user, password or query: it is written into manifests. The key goes into {KEY_VARIABLE}.")
+    try:
+        place = urlsplit(config.base_url)
+        is_whole = bool(place.hostname) and place.port != 0
+    except ValueError:
+        is_whole = False
+    if not is_whole or "#" in config.base_url:
+        raise TeacherError(f"--base-url {config.base_url!r} is not the address of a server, such as https://api.mistral.ai or http://localhost:8000.")
     return read_api_key(config.api_key_file)
 
 
