@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TextIO
 
 from nli.config import as_dict
-from nli.errors import ResumeError
+from nli.errors import ResumeError, StorageError
 from nli.storage import sha256_file, write_atomic
 
 _PACKAGES = ("ray", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "vllm", "mistralai", "aiohttp", "pyarrow")
@@ -104,8 +104,11 @@ def is_in_use(path: Path) -> bool:
 
 def _lock_output(path: Path) -> TextIO:
     """An advisory lock beside the manifest, which ends with the process; as good across nodes as the file system's."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path.with_name(f".{path.name}.lock"), "a+", encoding="utf-8")  # noqa: SIM115  (held while the run lasts)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path.with_name(f".{path.name}.lock"), "a+", encoding="utf-8")  # noqa: SIM115  (held while the run lasts)
+    except OSError as error:
+        raise StorageError(f"{path.parent}: nothing can be written there ({error.strerror}). Choose another output; nothing was started.") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -25,6 +25,8 @@ from nli.parsing import Parsed, ParseStatus, parse_reply
 from nli.prices import Price, find_price, require_price
 from nli.prompts import Prompt
 
+MOST_DOLLARS = 1e9  # of a budget; the ledger's whole nano-dollars end at nine times that
+
 
 @config_class
 class TeacherConfig:
@@ -95,6 +97,8 @@ class TeacherConfig:
         """Raise ConfigError for fields that conflict; the stages' own __post_init__ call it."""
         if (self.price_input_per_million is None) != (self.price_output_per_million is None):
             raise ConfigError("price_input_per_million and price_output_per_million go together; give both or neither.")
+        if self.max_cost >= MOST_DOLLARS:
+            raise ConfigError(f"max_cost is {self.max_cost:g}, which no account holds; 0 is no bound.")
         if self.max_cost:
             self.price()
         if self.mode == "batch" and self.api != "mistral":
@@ -126,6 +130,7 @@ def describe_requests(config: TeacherConfig, prompt: Prompt) -> dict:
         "sample_index": config.sample_index,
         "response_format": config.response_format,
         "repair_invalid": config.repair_invalid,
+        **({"api": config.api} if config.api != "mistral" else {}),  # its requests are others, and would be paid for anew
     }
 
 

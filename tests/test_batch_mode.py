@@ -1,5 +1,6 @@
 """Batch mode through the official client, against a server that bills: no job made twice, no result lost, only what failed asked again."""
 
+import contextlib
 import json
 import random
 import signal
@@ -14,7 +15,7 @@ from benchmarks.teacher_server import start_teacher_server
 from nli import batch_client
 from nli.batch_mode import refuse_open_batches
 from nli.batch_store import BatchStore
-from nli.errors import ConfigError, TeacherError
+from nli.errors import ConfigError, StorageError, TeacherError
 from nli.ledger import Ledger
 from nli.ledger_file import LedgerReader
 from nli.worklist import Worklist
@@ -277,3 +278,12 @@ def test_kills_at_random_moments_make_no_job_twice_and_lose_no_result(server, fo
     assert (bill["billed"], bill["repeated"]) == (num_billed, 0)
     ids = [job["metadata"]["nli_batch"] for job in bill["batch"]["jobs"]]
     assert len(set(ids)) == len(ids)
+
+
+def test_a_step_that_cannot_be_recorded_is_said_to_be_so(tmp_path):
+    Ledger(tmp_path).close()
+    with contextlib.closing(BatchStore(tmp_path)) as store:
+        batch = store.add("thoughts.jsonl", num_requests=1)
+        store._db.execute("PRAGMA query_only=ON")
+        with pytest.raises(StorageError, match=r"batches: cannot be written .* the same command goes on with its jobs"):
+            store.update(batch, "planned")

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from nli.config import config_class
-from nli.errors import ResumeError
+from nli.errors import ResumeError, StorageError
 from nli.runs import describe_differences, manifest_beside, read_commit, read_hardware, read_manifest, read_versions, start_run
 
 
@@ -168,3 +168,10 @@ def test_two_processes_cannot_work_on_one_output(path):
     run.finish({})
     assert not is_in_use(path)
     assert start(path).was_finished
+
+
+@pytest.mark.parametrize("place", ["file/thoughts.jsonl", "o" * 240 + ".jsonl"])
+def test_a_place_that_nothing_can_be_written_to_is_said_before_work_begins(tmp_path, place):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(StorageError, match=r"nothing can be written there \(.+\)\. Choose another output"):
+        start(manifest_beside(tmp_path / place))

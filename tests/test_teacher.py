@@ -285,6 +285,11 @@ def test_settings_out_of_range_are_refused(values):
         TeacherConfig(**values)
 
 
+def test_a_budget_without_end_is_refused():
+    with pytest.raises(ConfigError, match="^max_cost is inf, which no account holds; 0 is no bound"):
+        TeacherConfig(max_cost=float("inf")).check()
+
+
 def test_an_output_s_identity_holds_what_decides_the_answers_and_no_key():
     identity = describe_requests(TeacherConfig(), PROMPT)
     assert identity == describe_requests(
@@ -299,6 +304,7 @@ def test_an_output_s_identity_holds_what_decides_the_answers_and_no_key():
         {"random_seed": 1},
         {"response_format": "text"},
         {"repair_invalid": False},
+        {"api": "openai"},
     ):
         assert describe_requests(TeacherConfig(**change), PROMPT) != identity
     assert describe_requests(TeacherConfig(), TEACHER_PROMPTS["scoring"]) != identity
