@@ -287,3 +287,15 @@ def test_a_step_that_cannot_be_recorded_is_said_to_be_so(tmp_path):
         store._db.execute("PRAGMA query_only=ON")
         with pytest.raises(StorageError, match=r"batches: cannot be written .* the same command goes on with its jobs"):
             store.update(batch, "planned")
+
+
+def test_an_answer_that_cannot_be_unpacked_is_tried_again_and_then_said(monkeypatch):
+    from httpx2 import DecodingError
+
+    monkeypatch.setattr(batch_client, "pause", lambda attempt: None)
+
+    def fail():
+        raise DecodingError("incorrect header check")
+
+    with pytest.raises(TeacherError, match=r"does not answer in 6 tries \(DecodingError: incorrect header check\)"):
+        batch_client.BatchClient("http://127.0.0.1:9", "key")._try(fail)
