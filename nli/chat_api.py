@@ -64,7 +64,7 @@ def read_api_key(key_file: str = "") -> str:
         return NO_KEY
     if key_file:
         try:
-            key = Path(key_file).read_text(encoding="utf-8").strip()
+            key = Path(key_file).read_text(encoding="utf-8-sig").strip()
         except OSError as error:
             raise TeacherError(f"{key_file}: the key file cannot be read ({error.strerror}).") from None
         except UnicodeDecodeError:
@@ -73,7 +73,7 @@ def read_api_key(key_file: str = "") -> str:
         from dotenv import dotenv_values
 
         try:
-            key = os.environ.get(KEY_VARIABLE, "").strip() or (dotenv_values(".env").get(KEY_VARIABLE) or "").strip()
+            key = os.environ.get(KEY_VARIABLE, "").strip() or (dotenv_values(".env", encoding="utf-8-sig").get(KEY_VARIABLE) or "").strip()
         except UnicodeDecodeError:
             raise TeacherError(f".env is not text in UTF-8; save it as that, or set {KEY_VARIABLE} in the environment.") from None
     if not key:

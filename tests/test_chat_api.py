@@ -286,6 +286,12 @@ def test_without_a_key_the_message_says_where_to_put_it(no_key, monkeypatch):
         read_api_key("no-such-file")
 
 
+def test_a_byte_order_mark_is_no_part_of_a_key(no_key):
+    (no_key / "key").write_text("from-file\n", encoding="utf-8-sig")
+    (no_key / ".env").write_text("MISTRAL_API_KEY=from-dot-env\n", encoding="utf-8-sig")
+    assert (read_api_key(str(no_key / "key")), read_api_key()) == ("from-file", "from-dot-env")
+
+
 def test_a_key_saved_in_another_encoding_is_said_to_be_so(no_key):
     (no_key / "key").write_text("from-file", encoding="utf-16")
     with pytest.raises(TeacherError, match="key: the key file is not text in UTF-8"):

@@ -173,6 +173,11 @@ def test_a_file_that_the_system_does_not_give_is_refused():
         list(iterate_examples(Path("/proc/self/mem")))
 
 
+@pytest.mark.parametrize("column", ["num_replies", "thought_process", "telling_phrase", "score"])
+def test_a_column_that_an_answer_would_overwrite_is_refused(refusal, column):
+    assert f"column {column} is written by this project" in refusal(f"premise,hypothesis,{column}\na,b,c\n")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
