@@ -299,3 +299,16 @@ def test_an_answer_that_cannot_be_unpacked_is_tried_again_and_then_said(monkeypa
 
     with pytest.raises(TeacherError, match=r"does not answer in 6 tries \(DecodingError: incorrect header check\)"):
         batch_client.BatchClient("http://127.0.0.1:9", "key")._try(fail)
+
+
+def test_a_batch_whose_file_is_gone_before_it_was_sent_is_made_anew(server, folder):
+    def stop(step):
+        if step == "planned":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_batches(folder, make_config(server.base_url), NUM_ROWS, stop)
+    for path in (folder / "batches").glob("*.requests.jsonl"):
+        path.unlink()
+    assert run_batches(folder, make_config(server.base_url), NUM_ROWS)["failed"] == 0
+    assert (server.bill()["billed"], server.bill()["repeated"]) == (NUM_REQUESTS, 0)
