@@ -228,7 +228,7 @@ class BatchEndpoints:
                 lines["error"].append(json.dumps(line | {"response": {"status_code": 500, "body": message}}))
                 continue
             body = request["body"] | {"model": job.model}
-            reply = self._server.charge(None, key_of(body), body, write_content(body), half_price=True)
+            reply = self._server.charge(self._server.bill, None, key_of(body), body, write_content(body), half_price=True)
             lines["output"].append(json.dumps(line | {"response": {"status_code": 200, "body": json.loads(reply)}}))
         job.num_succeeded, job.num_failed = len(lines["output"]), len(lines["error"])
         for kind, sample_type in (("output", "batch_result"), ("error", "batch_error")):

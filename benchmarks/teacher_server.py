@@ -71,16 +71,16 @@ class TeacherServer:
         """Every request of every path."""
         path = request.path
         if path == CHAT_PATH and request.method == "POST":
-            number = self.bill.arrive()
+            bill, number = self.bill, self.bill.arrive()  # a reset in the meantime starts another bill
             try:
-                return await self._complete_chat(request, number)
+                return await self._complete_chat(request, bill, number)
             finally:
-                self.bill.complete(number)
+                bill.complete(number)
         if path.startswith("/v1/"):
             return self._refuse_key(request) or await self.batch.handle(request)
         return await self._handle_control(request)
 
-    async def _complete_chat(self, request: web.BaseRequest, number: int) -> web.StreamResponse:
+    async def _complete_chat(self, request: web.BaseRequest, bill: Bill, number: int) -> web.StreamResponse:
         self._num_chat_calls += 1
         data = await request.read()
         refusal = self._refuse_key(request) or self._refuse_rate()
@@ -92,33 +92,33 @@ class TeacherServer:
             content = write_content(body)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             return self.refuse(422, {"detail": [{"type": "invalid", "loc": ["body"], "msg": f"{type(error).__name__}: {error}"}]})
-        self.bill.asked[key] += 1
-        fault = self.settings.faults.choose(key, self.bill.asked[key])
+        bill.asked[key] += 1
+        fault = self.settings.faults.choose(key, bill.asked[key])
         if fault is not None:
-            self.bill.faults[fault] += 1
+            bill.faults[fault] += 1
         if fault in UNBILLED_KINDS:
             response = answer_unbilled(request, self.settings.faults, fault)
             if fault in STATUS_KINDS:
-                self.bill.refused[str(response.status)] += 1
+                bill.refused[str(response.status)] += 1
             return response
-        reply = self.charge(number, key, body, content)
+        reply = self.charge(bill, number, key, body, content)
         if self.settings.latency_seconds:
             await asyncio.sleep(self.settings.latency_seconds)
         if fault is None:
             return web.Response(body=reply, content_type="application/json")
         return await answer_billed(request, self.settings.faults, fault, reply)
 
-    def charge(self, number: int | None, key: str, body: Mapping, content: str, half_price: bool = False) -> bytes:
+    def charge(self, bill: Bill, number: int | None, key: str, body: Mapping, content: str, half_price: bool = False) -> bytes:
         """Bill one call and write its completion."""
         kind = self.settings.faults.choose_content(key)
         if kind is not None:
-            self.bill.faults[kind] += 1
+            bill.faults[kind] += 1
         content, finish_reason = self.settings.faults.spoil(content, kind)
         num_prompt, num_completion = self._count_prompt(body), self._count_text(content)
         limit = body.get("max_tokens")
         if limit is not None and num_completion > limit:
             content, finish_reason, num_completion = content[: len(content) * limit // num_completion], "length", limit
-        self.bill.charge(number, key, body["model"], num_prompt, num_completion, half_price)
+        bill.charge(number, key, body["model"], num_prompt, num_completion, half_price)
         completion = {
             "id": f"cmpl-{key}",
             "object": "chat.completion",

@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from nli.chat_api import CallFailed, ChatClient, Reply, Unreachable, chat_url, read_reply
-from nli.errors import TeacherError
+from nli.errors import NLIError, StorageError, TeacherError
 from nli.ledger_file import request_key
-from nli.limiter import Ended
+from nli.limiter import LONGEST_PAUSE_SECONDS, Ended
 from nli.limiter_client import LimiterClient
 from nli.parsing import parse_reply
 from nli.prompts import Prompt
@@ -28,6 +28,7 @@ from nli.token_counts import bound_messages, load_token_counter
 MAX_WAIT_SECONDS = 60.0
 MOST_REFUSED = 20  # refused requests, and none answered, after which a worker gives up
 FULL_WAIT_SECONDS = 0.1  # between two tries to reserve money while calls under way hold it
+FAILING_SECONDS = 300.0  # of nothing but failures, with no reply before them, after which a worker gives up
 BUSY_WAIT_SECONDS = 1.0  # between two looks at a request that another worker is asking
 
 
@@ -65,7 +66,7 @@ class Teacher:
         self._room = asyncio.Semaphore(config.max_in_flight)  # for claims and calls, not for replies on their way: the next claim travels with them
         self._random = random.Random()
         self._open: set[bytes] = set()
-        self._stopped: TeacherError | None = None
+        self._stopped: NLIError | None = None
         self._num_refused = 0
         self._was_answered = False
         self._counter = load_token_counter(config.model, config.tokenizer) if config.tokens_per_minute else None
@@ -96,6 +97,8 @@ class Teacher:
             try:
                 await self.ask(row)
             except Exception as error:  # it belongs to whoever gave the row
+                if isinstance(error, StorageError) and self._stopped is None:
+                    self._end(error)  # the ledger may have room for a claim and none for its reply, which would be paid for and lost
                 piece.failures.append(error)
             finally:
                 piece.count_down()
@@ -175,11 +178,11 @@ class Teacher:
             used = likely_most if failure.is_ambiguous else 0
             self._limiter.end(Ended(number, used, ending, time.monotonic() - sent_at, failure.retry_after or 0.0))
             await self._ledger.call("lose" if failure.is_ambiguous else "fail", key, n, failure.kind, str(failure), is_last)
+            await self._give_up_if_hopeless(failure, attempt, is_last)
             if is_last:
-                await self._give_up_if_hopeless(failure, attempt)
                 return None, False
             wait = min(MAX_WAIT_SECONDS, 0.5 * 2 ** (attempt - 1)) * self._random.uniform(0.5, 1.5)
-            await asyncio.sleep(max(wait, failure.retry_after or 0.0))
+            await asyncio.sleep(max(wait, min(failure.retry_after or 0.0, LONGEST_PAUSE_SECONDS)))
             attempt += 1
 
     async def _call(self, body: bytes) -> tuple[bytes | None, Reply | None, CallFailed | TeacherError | None]:
@@ -189,7 +192,7 @@ class Teacher:
         except CallFailed as error:
             return None, None, error
         except TeacherError as error:
-            self._stopped = error  # before another call can go out
+            self._end(error)  # before another call can go out
             return None, None, error
 
     async def _stop_if_no_call_may_go(self, answer: tuple) -> None:
@@ -202,16 +205,25 @@ class Teacher:
 
     def _stop(self, reason: str) -> NoReturn:
         """End this worker's part of the run: what still waits is not put to the ledger, row by row, to hear the same."""
-        self._stopped = TeacherError(reason)
-        raise self._stopped
+        raise self._end(TeacherError(reason))
 
-    async def _give_up_if_hopeless(self, failure: CallFailed, attempt: int) -> None:
+    def _end(self, error: NLIError) -> NLIError:
+        """Let no further call of this worker go out, and those who wait for the limiter hear why."""
+        self._stopped = error
+        self._limiter.turn_away(error)
+        return error
+
+    async def _give_up_if_hopeless(self, failure: CallFailed, attempt: int, is_last: bool) -> None:
         reason = None
-        self._num_refused += not failure.retryable
+        self._num_refused += not failure.retryable or failure.kind == "no_completion"
         if self._num_refused >= MOST_REFUSED and not self._was_answered:  # a server that answers refuses single requests, not all
-            reason = f"the first {MOST_REFUSED} requests were all refused, the last with: {failure}. Check --model and --response-format."
+            reason = f"the first {MOST_REFUSED} requests were all refused, the last with: {failure}. Check --base-url, --model and --response-format."
         elif isinstance(failure, Unreachable):
-            reason = f"{failure} in {attempt} tries. Check --base-url and the network; replies are kept, and the same command goes on."
+            if is_last:
+                reason = f"{failure} in {attempt} tries. Check --base-url and the network; replies are kept, and the same command goes on."
+        elif self._limiter.failing_seconds > FAILING_SECONDS and not self._was_answered:  # one that has answered may come back
+            minutes = self._limiter.failing_seconds / 60
+            reason = f"every call has failed for {minutes:.0f} minutes, the last with: {failure}. Check the server; the same command goes on."
         if reason:
             await self._ledger.call("halt", self.run, reason)
             self._stop(reason)

@@ -85,6 +85,8 @@ class BatchJobs:
         for batch in self._open_batches():
             if batch.state == "planning":
                 self.drop(batch, "the run was stopped before the batch was sent")
+            if batch.state == "planned" and not self._store.path(batch, "requests.jsonl").exists():
+                self.drop(batch, "the file of its requests is gone")  # no job was made of them
             if batch.state == "planned":
                 self.upload(batch)
             if batch.state in ("uploaded", "creating"):

@@ -159,4 +159,4 @@ def _failures() -> tuple[type[Exception], ...]:
     import httpx2
     from mistralai.client.errors import MistralError, NoResponseError
 
-    return MistralError, NoResponseError, httpx2.TransportError
+    return MistralError, NoResponseError, httpx2.RequestError

@@ -12,9 +12,11 @@ A batch's requests are those whose owner in the ledger is `batch:<id>`; they sta
 server lives on. The process that works on a batch holds a lock on its requests file, so that no other one does.
 """
 
+import contextlib
 import fcntl
 import json
 import secrets
+import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -69,12 +71,20 @@ class BatchStore:
         for file in self._locks.values():
             file.close()
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise StorageError(f"{self.folder}: cannot be written ({error}). Free space or mend the disk; the same command goes on with its jobs.") from None
+
     def add(self, run: str, **detail: object) -> Batch:
         """A new batch, locked for this process."""
         batch = Batch(secrets.token_hex(8), run, detail=detail)
         if not self.lock(batch):
             raise StorageError(f"{self.folder}: a new file there is locked; the file system does not keep locks apart.")
-        self._db.execute("INSERT INTO batches VALUES (?, ?, ?, NULL, NULL, ?, ?)", (batch.id, run, batch.state, json.dumps(detail), time.time()))
+        with self._writing():
+            self._db.execute("INSERT INTO batches VALUES (?, ?, ?, NULL, NULL, ?, ?)", (batch.id, run, batch.state, json.dumps(detail), time.time()))
         return batch
 
     def update(self, batch: Batch, state: str, file_id: str | None = None, job_id: str | None = None, **detail: object) -> None:
@@ -82,7 +92,8 @@ class BatchStore:
         batch.state, batch.file_id, batch.job_id = state, file_id or batch.file_id, job_id or batch.job_id
         batch.detail |= detail
         values = (state, batch.file_id, batch.job_id, json.dumps(batch.detail), time.time(), batch.id)
-        self._db.execute("UPDATE batches SET state = ?, file_id = ?, job_id = ?, detail = ?, changed_at = ? WHERE id = ?", values)
+        with self._writing():
+            self._db.execute("UPDATE batches SET state = ?, file_id = ?, job_id = ?, detail = ?, changed_at = ? WHERE id = ?", values)
 
     def list_all(self, run: str | None = None) -> list[Batch]:
         """All batches, oldest first; with `run`, those of one output."""
@@ -97,8 +108,9 @@ class BatchStore:
         """Whether this process may work on a batch: no other one does."""
         if batch.id in self._locks:
             return True
-        self.folder.mkdir(exist_ok=True)
-        file = open(self.path(batch, "lock"), "a", encoding="utf-8")  # noqa: SIM115  (held as long as the store is open)
+        with self._writing():
+            self.folder.mkdir(exist_ok=True)
+            file = open(self.path(batch, "lock"), "a", encoding="utf-8")  # noqa: SIM115  (held as long as the store is open)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

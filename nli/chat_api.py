@@ -24,6 +24,9 @@ from nli.errors import TeacherError
 KEY_VARIABLE = "MISTRAL_API_KEY"
 NO_KEY = "none"  # stands for the key of a server that asks for none
 CONNECT_SECONDS = 20.0
+REDIRECTS = (301, 302, 303, 307, 308)  # not followed: a POST would become a GET, or one grant two requests
+FEWEST_KEY_CHARACTERS = 16  # of a key that is looked for in replies; a shorter one, such as vLLM users make up, may be a word of theirs
+MOST_TOKENS = 10**9  # in one reply; what is more is no count
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,18 @@ def read_api_key(key_file: str = "") -> str:
         return NO_KEY
     if key_file:
         try:
-            key = Path(key_file).read_text(encoding="utf-8").strip()
+            key = Path(key_file).read_text(encoding="utf-8-sig").strip()
         except OSError as error:
             raise TeacherError(f"{key_file}: the key file cannot be read ({error.strerror}).") from None
+        except UnicodeDecodeError:
+            raise TeacherError(f"{key_file}: the key file is not text in UTF-8; save it as that.") from None
     else:
         from dotenv import dotenv_values
 
-        key = os.environ.get(KEY_VARIABLE, "").strip() or (dotenv_values(".env").get(KEY_VARIABLE) or "").strip()
+        try:
+            key = os.environ.get(KEY_VARIABLE, "").strip() or (dotenv_values(".env", encoding="utf-8-sig").get(KEY_VARIABLE) or "").strip()
+        except UnicodeDecodeError:
+            raise TeacherError(f".env is not text in UTF-8; save it as that, or set {KEY_VARIABLE} in the environment.") from None
     if not key:
         raise TeacherError(
             f"No API key. Set {KEY_VARIABLE} in the environment of this machine (of the nodes, on a cluster) or in .env, or give --api-key-file."
@@ -127,17 +135,22 @@ class ChatClient:
             connector = aiohttp.TCPConnector(limit=0)
             self._session = aiohttp.ClientSession(headers=self._headers, timeout=self._timeout, connector=connector)
         try:
-            async with self._session.post(self._url, data=body) as response:
-                data = self._hide_key(await response.read())
+            async with self._session.post(self._url, data=body, allow_redirects=False) as response:
+                data = await response.read()
+                if response.status in REDIRECTS:
+                    place = self._hide_key(response.headers.get("Location", "").encode(errors="replace")).decode()
+                    raise TeacherError(f"{self._url} redirects to {place or 'nowhere'}. Give --base-url the address that answers; finished rows are kept.")
                 if response.status != 200:
-                    raise _failure(self._url, response.status, response.headers.get("Retry-After"), data)
+                    raise _failure(self._url, response.status, response.headers.get("Retry-After"), self._hide_key(data))
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            cause = getattr(error, "os_error", None)
+            cause = getattr(error, "os_error", None) or getattr(error, "certificate_error", None)
             raise Unreachable(f"no connection to {self._url} ({getattr(cause, 'strerror', None) or cause or 'timeout'})") from None
         except TimeoutError:
             raise CallFailed(f"no answer within {self._timeout.total:g} s", "timeout", retryable=True, is_ambiguous=True) from None
         except (aiohttp.ClientError, ConnectionError) as error:
             raise CallFailed(f"the connection broke ({type(error).__name__})", "reset", retryable=True, is_ambiguous=True) from None
+        if len(self._key) >= FEWEST_KEY_CHARACTERS:
+            data = self._hide_key(data)
         return data, read_reply(data)
 
     def _hide_key(self, data: bytes) -> bytes:
@@ -155,9 +168,9 @@ def check_reachable(base_url: str, seconds: float = 10.0) -> None:
         try:
             socket.create_connection(address, timeout=seconds).close()
             return
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the second of a name that no host can have
             if is_last:
-                raise Unreachable(f"no connection to {base_url} ({error.strerror or error})") from None
+                raise Unreachable(f"no connection to {base_url} ({getattr(error, 'strerror', None) or error})") from None
             time.sleep(0.5)
 
 
@@ -178,12 +191,12 @@ def read_reply(data: bytes) -> Reply:
             raise TypeError
         counts = [_as_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
         return Reply(_mend(text or ""), choice.get("finish_reason"), body.get("model", ""), *counts)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         raise CallFailed("the body of the reply is not a chat completion", "no_completion", retryable=True, is_ambiguous=True) from None
 
 
 def _as_count(value: object) -> int | None:
-    return value if isinstance(value, int) and value >= 0 else None
+    return value if isinstance(value, int) and 0 <= value <= MOST_TOKENS else None
 
 
 def _mend(text: str) -> str:
@@ -210,7 +223,7 @@ def _error_message(data: bytes) -> str:
         body = json.loads(data)
         inner = body.get("error", body)
         message = inner.get("message") or inner.get("detail") or inner
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         message = data.decode("utf-8", "replace").strip() or "no message"
     text = _mend(message) if isinstance(message, str) else json.dumps(message)
     return text if len(text) <= 200 else text[:197] + "..."

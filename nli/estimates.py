@@ -59,8 +59,8 @@ def estimate_run(
             else:
                 num_pending, counted_pending = num_pending + 1, counted_pending + tokens
     totals = _read_totals(ledger_folder, run)
-    if num_done >= FEWEST_REPLIES and totals.done >= FEWEST_REPLIES:
-        rows_of_run = totals.done - totals.repairs
+    rows_of_run = totals.done - totals.repairs  # another output may have had the rows of this one's repairs
+    if num_done >= FEWEST_REPLIES and rows_of_run >= FEWEST_REPLIES:
         calls_per_row = totals.done / rows_of_run
         completion_per_row = totals.completion_tokens / rows_of_run
         num_prompt = round(counted_pending * (totals.prompt_tokens / rows_of_run) / (counted_done / num_done))

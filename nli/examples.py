@@ -131,6 +131,8 @@ def _iterate_csv(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise DataError(f"{path}: not UTF-8 near line {line} (byte {error.object[error.start]:#04x}); save it as UTF-8.") from None
     except csv.Error as error:
         raise DataError(f"{path}:{line}: not CSV ({error}); a quote may be left open there.") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read as a file ({error.strerror}).") from None
     if is_empty:
         raise DataError(f"{path}: the file is empty; it needs a header with premise,hypothesis[,label] and a row for each pair.")
 

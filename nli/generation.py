@@ -24,7 +24,7 @@ from nli.asking import Teacher
 from nli.batch_mode import ask_in_batches, refuse_open_batches
 from nli.chat_api import Unreachable, check_reachable
 from nli.cluster import connected, spread
-from nli.errors import NLIError, TeacherError
+from nli.errors import NLIError, StorageError, TeacherError
 from nli.estimates import describe_estimate, estimate_run
 from nli.ledger import Ledger, new_owner
 from nli.ledger_file import LedgerReader
@@ -74,7 +74,7 @@ def run_generation(work: Generation) -> Counter | None:
     config = settle_key_file(work.config)
     key = check_teacher(config)
     folder = resolve_output(config.ledger_dir, config.storage_root)
-    with tempfile.TemporaryDirectory(prefix="nli-rows-") as place, Worklist(Path(place) / "rows.sqlite") as worklist:
+    with _temporary_folder() as place, Worklist(Path(place) / "rows.sqlite") as worklist:
         num_rows = worklist.fill(((row, first_key(config, work.prompt, row)) for row in work.read_rows()), work.source)
         if config.dry_run:
             with _finding_done(work, folder) as find_done:
@@ -94,6 +94,13 @@ def run_generation(work: Generation) -> Counter | None:
     return counts
 
 
+def _temporary_folder() -> tempfile.TemporaryDirectory:
+    try:
+        return tempfile.TemporaryDirectory(prefix="nli-rows-")
+    except OSError as error:
+        raise StorageError(f"no temporary folder can be made ({error.strerror}). Free space, or set TMPDIR to a folder that can be written to.") from None
+
+
 def _ask_and_write(work: Generation, config: TeacherConfig, key: str, ledger: Ledger, folder: Path, worklist: Worklist, num_rows: int) -> tuple[Counter, dict]:
     """Steps 2 and 3; returns the counts of the output's rows and what the run has spent, earlier attempts included."""
     run = str(work.output)
@@ -104,7 +111,7 @@ def _ask_and_write(work: Generation, config: TeacherConfig, key: str, ledger: Le
     done = num_requests - num_pending
     print(f"{work.stage}: {num_rows} rows{same}, {done} finished already, {num_pending} to ask {config.model} for", flush=True)
     if num_pending:
-        ledger.begin_run(run, int(config.max_cost * NANO) if config.max_cost else None)
+        ledger.begin_run(run, int(config.max_cost * NANO) if config.max_cost else None, config.price())
         if config.mode == "batch":
             ask_in_batches(config, work.prompt, key, run, ledger, folder, worklist.path)
         else:
@@ -175,6 +182,13 @@ def _write_output(work: Generation, ledger: Ledger, folder: Path, worklist: Work
 
     def write(aside: Path) -> None:
         bad = aside.with_name(aside.name + ".dead")
+        try:
+            fill(aside, bad)
+            bad.replace(dead_letters)
+        finally:
+            bad.unlink(missing_ok=True)
+
+    def fill(aside: Path, bad: Path) -> None:
         with open(aside, "w", encoding="utf-8", newline="\n") as file, open(bad, "w", encoding="utf-8", newline="\n") as bad_file:
             for chunk in worklist.iterate():
                 outcomes = read_outcomes(work.prompt, reader, list({key for _, key in chunk}), work.config.repair_invalid)
@@ -186,8 +200,8 @@ def _write_output(work: Generation, ledger: Ledger, folder: Path, worklist: Work
                     work.count_row(counts, made)
                     if fault := work.find_fault(made):
                         counts[f"dead_{fault[0]}"] += 1
-                        bad_file.write(dump_line({"reason": fault[0], "details": fault[1], **made}))
-        bad.replace(dead_letters)
+                        why = {"reason": fault[0], "details": fault[1]}
+                        bad_file.write(dump_line(why | made | why))  # first, and also where the user's file has such columns
 
     try:
         write_atomic(work.output, write)

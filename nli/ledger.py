@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 from nli.errors import StorageError
 from nli.ledger_file import Totals, in_turn, open_ledger, read_reply_body, read_totals
+from nli.prices import Price
 
 LEASE_SECONDS = 10.0  # a worker that was not heard of for so long is taken for dead
 LOST_WORKER = ("lost_worker", "the worker that sent it died before an answer came")
@@ -84,13 +85,26 @@ class Ledger:
         self._heard.update(dict.fromkeys((owner for owner, _ in batches), self._clock()))
         return answers
 
-    def begin_run(self, run: str, max_cost: int | None) -> Totals:
-        """Open a run for sending, with its budget in nano-dollars; what dead workers left under way becomes ambiguous. Returns its sums so far."""
+    def begin_run(self, run: str, max_cost: int | None, price: Price | None = None) -> Totals:
+        """Open a run for sending, with its budget in nano-dollars; what dead workers left under way becomes ambiguous. Returns its sums so far.
+
+        Under a budget, replies of earlier attempts that knew no price are charged at `price`.
+        """
         with self._transaction():
             self._open_run(run)
             self._db.execute("UPDATE runs SET max_cost = ?, halted = NULL WHERE run = ?", (max_cost, run))
+            if max_cost is not None and price is not None:
+                self._charge_unpriced(run, price)
             self._sweep(run, self._clock())
         return self.read_totals(run)
+
+    def _charge_unpriced(self, run: str, price: Price) -> None:
+        self._db.create_function("price_of", 2, price.cost_nanodollars)
+        unpriced = "WHERE run = ? AND state = 'done' AND cost = 0 AND prompt_tokens + completion_tokens > 0"
+        (owed,) = self._db.execute(f"SELECT SUM(price_of(prompt_tokens, completion_tokens)) FROM requests {unpriced}", (run,)).fetchone()
+        if owed:
+            self._db.execute(f"UPDATE requests SET cost = price_of(prompt_tokens, completion_tokens) {unpriced}", (run,))
+            self._add(run, cost=owed)
 
     def settle(self, keys: Iterable[bytes]) -> None:
         """Mark first replies as judged for good: a later parser reads them anew and asks for no repair."""

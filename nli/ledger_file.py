@@ -12,6 +12,7 @@ import platform
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import TextIO
@@ -84,9 +85,25 @@ def connect(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA wal_autocheckpoint=4000")  # pages: keys are hashes, so a checkpoint writes to most of the file
         for statement in _SCHEMA.split(";"):  # each a transaction of its own, and none where the table is there
             connection.execute(statement)
-        return connection
+        found = _list_columns(connection)
     except sqlite3.Error as error:
         raise StorageError(f"{path}: the ledger cannot be opened ({error}). Give --ledger-dir a folder on a disk that this machine can write to.") from None
+    if found != _own_columns():
+        connection.close()
+        names = ", ".join(sorted(f"{table}.{column}" for table, column in found ^ _own_columns()))
+        raise StorageError(f"{path}: a ledger of another version of this project (they differ in {names}). Use that version, or give another --ledger-dir.")
+    return connection
+
+
+def _list_columns(db: sqlite3.Connection) -> set[tuple[str, str]]:
+    return set(db.execute("SELECT t.name, c.name FROM sqlite_master t, pragma_table_info(t.name) c WHERE t.type = 'table' AND t.name NOT LIKE 'sqlite_%'"))
+
+
+@lru_cache(maxsize=1)
+def _own_columns() -> set[tuple[str, str]]:
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        db.executescript(_SCHEMA)
+        return _list_columns(db)
 
 
 class LedgerReader:

@@ -77,6 +77,12 @@ class LimiterClient:
         self.end(Ended(number, 0, "unknown"))
         return await self.acquire(most_tokens)
 
+    def turn_away(self, error: Exception) -> None:
+        """Raise an error for all who wait in `acquire`: a limit, or the circuit breaker, may hold them up for long."""
+        for _, future in self._wants:
+            if not future.done():
+                future.set_exception(error)
+
     def end(self, ended: Ended) -> None:
         """Say how a call that `acquire` let go has ended."""
         if ended.number:

@@ -3,11 +3,13 @@
 thoughts:  62%|██████    | 1240/2000 rows, 1198 requests/min, 511k tokens/min, $0.081 of about $0.13, 38 s left
 """
 
+import contextlib
 import sys
 import threading
 import time
 from collections import deque
 
+from nli.errors import StorageError
 from nli.ledger_file import LedgerReader, Totals
 from nli.prices import format_dollars
 
@@ -34,6 +36,10 @@ class LiveProgress:
         self._reader.close()
 
     def _show(self) -> None:
+        with contextlib.suppress(StorageError):  # the run meets it too, and ends by it
+            self._show_until_stopped()
+
+    def _show_until_stopped(self) -> None:
         from tqdm import tqdm
 
         start = self._reader.read_totals(self._run)

@@ -52,6 +52,8 @@ class Answer(Example):
     finish_reason: str | None = None
     num_prompt_tokens: int | None = None
     num_completion_tokens: int | None = None
+    num_replies: int | None = None
+    """of a teacher: 2 after a repair"""
     precision: str = ""
     """of the student's base weights"""
     engine: str = ""

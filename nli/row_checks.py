@@ -127,6 +127,8 @@ def read_facts(path: Path, record: type[BaseModel], measure: Callable[[str], int
         except ValidationError as error:
             first = error.errors()[0]
             faults.append(f"line {number}: {'.'.join(map(str, first['loc'])) or 'the line'}: {first['msg'][0].lower()}{first['msg'][1:]}")
+        except RecursionError:
+            faults.append(f"line {number}: nested too deeply")
         except ValueError as error:
             faults.append(f"line {number}: {'not JSON' if isinstance(error, json.JSONDecodeError) else error}")
     return facts, faults, {name: dict(counts) for name, counts in sources.items()}
@@ -166,7 +168,9 @@ def check_records(where: str, facts: Sequence[Facts], faults: Sequence[str], nou
     unread = Counter(fact.status for fact in facts if fact.label == UNPARSED)
     telling = [fact for fact in facts if fact.phrase]
     empty = [fact for fact in facts if fact.length == 0]
+    nothing = [where] if noun == "answers" and not facts and not faults else []  # that nothing was wrong, and needs reflection, is no fault
     return [
+        *_find("fault", where, "no rows", nothing, "the file is empty; the stage before it has made nothing", str),
         *_find("fault", where, "broken rows", faults, "lines that are no row of this project", str),
         *_find("fault", where, "repeated rows", repeated, f"{noun} that stand more than once for the same row", _show_fact),
         *(Finding("warning", where, "unread", count, f"{noun} that could not be read: {status}") for status, count in unread.most_common()),

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TextIO
 
 from nli.config import as_dict
-from nli.errors import ResumeError, StorageError
+from nli.errors import DataError, ResumeError, StorageError
 from nli.storage import sha256_file, write_atomic
 
 _PACKAGES = ("ray", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "vllm", "mistralai", "aiohttp", "pyarrow")
@@ -64,8 +64,8 @@ def start_run(path: Path, stage: str, identity: Mapping, config: object, inputs:
 
     `has_work` tells whether outputs are there that this attempt could mix with; None: a manifest tells. The output is this process's until the attempt
     finishes or the process ends.
-    Raises ResumeError that shows each differing value; also for outputs without a manifest, and while another process works on them. Raises StorageError
-    where nothing can be written.
+    Raises ResumeError that shows each differing value; also for outputs without a manifest, and while another process works on them. Raises DataError for
+    an input that is no file, StorageError where nothing can be written.
     """
     identity = json.loads(json.dumps(identity))
     lock = lock_output(path)
@@ -85,7 +85,7 @@ def start_run(path: Path, stage: str, identity: Mapping, config: object, inputs:
         "status": "running",
         "identity": identity,
         "config": as_dict(config),
-        "inputs": {str(item): {"sha256": sha256_file(item), "bytes": item.stat().st_size} for item in inputs},
+        "inputs": {str(item): _describe_input(item) for item in inputs},
         "commit": read_commit(),
         "versions": read_versions(),
         "hardware": read_hardware(),
@@ -94,6 +94,13 @@ def start_run(path: Path, stage: str, identity: Mapping, config: object, inputs:
     }
     write_atomic(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return Run(path, manifest, was_finished=earlier is not None and earlier["status"] == "finished", _lock=lock)
+
+
+def _describe_input(path: Path) -> dict:
+    try:
+        return {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read as a file ({error.strerror}).") from None
 
 
 def is_in_use(path: Path) -> bool:
@@ -111,7 +118,7 @@ def lock_output(path: Path) -> TextIO:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path.with_name(f".{path.name}.lock"), "a+", encoding="utf-8")  # noqa: SIM115  (held while the run lasts)
     except OSError as error:
-        raise StorageError(f"{path}: cannot be written ({error.strerror}). Free space or choose another output.") from None
+        raise StorageError(f"{path.parent}: nothing can be written there ({error.strerror}). Free space or choose another output; nothing was started.") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -196,7 +196,7 @@ class LimiterService(_Service):
         self._note_call()
         before, self._limiter.limits = self._limiter.limits, limits
         if limits != before:
-            self._version = time.time()
+            self._version = max(time.time(), self._version + 0.001)  # workers bring back what is newer, also after the clock was set back
         return before
 
     async def describe(self) -> dict:

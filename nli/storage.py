@@ -135,6 +135,8 @@ def scan_jsonl(path: Path, record: type[BaseModel], faults: list[str]) -> Iterat
             yield number, row
         except UnicodeEncodeError:
             faults.append(f"{path}:{number}: half of a surrogate pair, which is no character and can be written nowhere")
+        except RecursionError:
+            faults.append(f"{path}:{number}: nested too deeply")
         except json.JSONDecodeError as error:
             faults.append(f"{path}:{number}: not JSON ({error.msg} at character {error.pos + 1})")
         except ValidationError as error:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field
 
@@ -23,6 +24,8 @@ from nli.limiter import Limits
 from nli.parsing import Parsed, ParseStatus, parse_reply
 from nli.prices import Price, find_price, require_price
 from nli.prompts import Prompt
+
+MOST_DOLLARS = 1e9  # of a budget; the ledger's whole nano-dollars end at nine times that
 
 
 @config_class
@@ -94,6 +97,8 @@ class TeacherConfig:
         """Raise ConfigError for fields that conflict; the stages' own __post_init__ call it."""
         if (self.price_input_per_million is None) != (self.price_output_per_million is None):
             raise ConfigError("price_input_per_million and price_output_per_million go together; give both or neither.")
+        if self.max_cost >= MOST_DOLLARS:
+            raise ConfigError(f"max_cost is {self.max_cost:g}, which no account holds; 0 is no bound.")
         if self.max_cost:
             self.price()
         if self.mode == "batch" and self.api != "mistral":
@@ -125,6 +130,7 @@ def describe_requests(config: TeacherConfig, prompt: Prompt) -> dict:
         "sample_index": config.sample_index,
         "response_format": config.response_format,
         "repair_invalid": config.repair_invalid,
+        **({"api": config.api} if config.api != "mistral" else {}),  # its requests are others, and would be paid for anew
     }
 
 
@@ -140,6 +146,13 @@ def check_teacher(config: TeacherConfig) -> str:
         raise TeacherError(f"--base-url {config.base_url!r} is not an http:// or https:// address.")
     if "@" in config.base_url or "?" in config.base_url:
         raise TeacherError(f"--base-url may hold no user, password or query: it is written into manifests. The key goes into {KEY_VARIABLE}.")
+    try:
+        place = urlsplit(config.base_url)
+        is_whole = bool(place.hostname) and place.port != 0
+    except ValueError:
+        is_whole = False
+    if not is_whole or "#" in config.base_url:
+        raise TeacherError(f"--base-url {config.base_url!r} is not the address of a server, such as https://api.mistral.ai or http://localhost:8000.")
     return read_api_key(config.api_key_file)
 
 

@@ -71,20 +71,20 @@ class Worklist:
 
     def count_requests(self) -> int:
         """How many different requests the rows make."""
-        return self._db.execute("SELECT COUNT(DISTINCT key) FROM rows").fetchone()[0]
+        with self._writing():  # what is sorted may need room too
+            return self._db.execute("SELECT COUNT(DISTINCT key) FROM rows").fetchone()[0]
 
     def list_pending(self, are_done: Callable[[list[bytes]], set[bytes]], target: int = 0) -> int:
         """Put the first row of each request that is not done among the pending ones of a target; returns how many these are.
 
         `target` tells apart what is asked about the same rows several times, such as of several models.
         """
-        requests = self._db.execute("SELECT MIN(n), key FROM rows GROUP BY key ORDER BY 1")
-        writing = self._db.cursor()
         with self._writing():
+            requests = self._db.execute("SELECT MIN(n), key FROM rows GROUP BY key ORDER BY 1")
+            writing = self._db.cursor()
             writing.execute("DELETE FROM pending WHERE target = ?", (target,))
-        while chunk := requests.fetchmany(CHUNK):
-            done = are_done([key for _, key in chunk])
-            with self._writing():
+            while chunk := requests.fetchmany(CHUNK):
+                done = are_done([key for _, key in chunk])
                 writing.executemany("INSERT INTO pending (n, target) VALUES (?, ?)", [(n, target) for n, key in chunk if key not in done])
         return self._db.execute("SELECT COUNT(*) FROM pending WHERE target = ?", (target,)).fetchone()[0]
 

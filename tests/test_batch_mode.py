@@ -1,5 +1,6 @@
 """Batch mode through the official client, against a server that bills: no job made twice, no result lost, only what failed asked again."""
 
+import contextlib
 import json
 import random
 import signal
@@ -14,7 +15,7 @@ from benchmarks.teacher_server import start_teacher_server
 from nli import batch_client
 from nli.batch_mode import refuse_open_batches
 from nli.batch_store import BatchStore
-from nli.errors import ConfigError, TeacherError
+from nli.errors import ConfigError, StorageError, TeacherError
 from nli.ledger import Ledger
 from nli.ledger_file import LedgerReader
 from nli.worklist import Worklist
@@ -277,3 +278,37 @@ def test_kills_at_random_moments_make_no_job_twice_and_lose_no_result(server, fo
     assert (bill["billed"], bill["repeated"]) == (num_billed, 0)
     ids = [job["metadata"]["nli_batch"] for job in bill["batch"]["jobs"]]
     assert len(set(ids)) == len(ids)
+
+
+def test_a_step_that_cannot_be_recorded_is_said_to_be_so(tmp_path):
+    Ledger(tmp_path).close()
+    with contextlib.closing(BatchStore(tmp_path)) as store:
+        batch = store.add("thoughts.jsonl", num_requests=1)
+        store._db.execute("PRAGMA query_only=ON")
+        with pytest.raises(StorageError, match=r"batches: cannot be written .* the same command goes on with its jobs"):
+            store.update(batch, "planned")
+
+
+def test_an_answer_that_cannot_be_unpacked_is_tried_again_and_then_said(monkeypatch):
+    from httpx2 import DecodingError
+
+    monkeypatch.setattr(batch_client, "pause", lambda attempt: None)
+
+    def fail():
+        raise DecodingError("incorrect header check")
+
+    with pytest.raises(TeacherError, match=r"does not answer in 6 tries \(DecodingError: incorrect header check\)"):
+        batch_client.BatchClient("http://127.0.0.1:9", "key")._try(fail)
+
+
+def test_a_batch_whose_file_is_gone_before_it_was_sent_is_made_anew(server, folder):
+    def stop(step):
+        if step == "planned":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_batches(folder, make_config(server.base_url), NUM_ROWS, stop)
+    for path in (folder / "batches").glob("*.requests.jsonl"):
+        path.unlink()
+    assert run_batches(folder, make_config(server.base_url), NUM_ROWS)["failed"] == 0
+    assert (server.bill()["billed"], server.bill()["repeated"]) == (NUM_REQUESTS, 0)

@@ -139,6 +139,7 @@ def test_a_retry_after_that_is_no_time_is_ignored(header):
         '{"choices": [{"message": {}}]}',
         '{"choices": [{"message": {"content": 7}}]}',
         b"\xff",
+        "[" * 100_000,
     ],
 )
 def test_a_body_that_is_no_completion_is_a_failed_call(body):
@@ -195,6 +196,51 @@ def test_a_key_that_the_server_sends_back_is_not_in_what_is_kept():
     assert KEY.encode() not in with_server([Answer(text=f"your key is {KEY}")], use)
 
 
+@pytest.mark.parametrize("key", ["test", "1", "EMPTY"])
+def test_a_key_that_is_an_ordinary_word_changes_no_reply(key):
+    async def use(server):
+        async with ChatClient(server.base_url, key, 5) as client:
+            return (await client.complete(DATA))[1].text
+
+    assert with_server([Answer(text="a test of 1 EMPTY box")], use) == "a test of 1 EMPTY box"
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_not_followed_and_its_address_is_said(status):
+    async def use(server):
+        async with ChatClient(server.base_url, KEY, 5) as client:
+            with pytest.raises(TeacherError, match=r"redirects to https://elsewhere/v1\. Give --base-url the address that answers") as caught:
+                await client.complete(DATA)
+        assert_no_key(caught.value)
+        return len(server.calls)
+
+    assert with_server([Answer(status=status, headers={"Location": "https://elsewhere/v1"})], use) == 1
+
+
+def test_a_certificate_that_is_not_trusted_is_said(tmp_path):
+    import ssl
+    import subprocess
+
+    files = {"-keyout": tmp_path / "key.pem", "-out": tmp_path / "cert.pem"}
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2"]
+    subprocess.run([*command, *(str(part) for pair in files.items() for part in pair)], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+
+    async def run():
+        server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0, ssl=context)
+        async with server, ChatClient(f"https://localhost:{server.sockets[0].getsockname()[1]}", KEY, 5) as client:
+            await client.complete(DATA)
+
+    with pytest.raises(Unreachable, match="certificate verify failed"):
+        asyncio.run(run())
+
+
+def test_a_name_that_no_host_can_have_is_unreachable():
+    with pytest.raises(Unreachable, match="no connection to http://a..b"):
+        check_reachable("http://a..b")
+
+
 def test_a_name_that_no_server_has_is_unreachable():
     assert "no connection to http://no-such-host.invalid/v1/chat/completions" in str(unreachable("http://no-such-host.invalid"))
 
@@ -240,6 +286,21 @@ def test_without_a_key_the_message_says_where_to_put_it(no_key, monkeypatch):
         read_api_key("no-such-file")
 
 
+def test_a_byte_order_mark_is_no_part_of_a_key(no_key):
+    (no_key / "key").write_text("from-file\n", encoding="utf-8-sig")
+    (no_key / ".env").write_text("MISTRAL_API_KEY=from-dot-env\n", encoding="utf-8-sig")
+    assert (read_api_key(str(no_key / "key")), read_api_key()) == ("from-file", "from-dot-env")
+
+
+def test_a_key_saved_in_another_encoding_is_said_to_be_so(no_key):
+    (no_key / "key").write_text("from-file", encoding="utf-16")
+    with pytest.raises(TeacherError, match="key: the key file is not text in UTF-8"):
+        read_api_key(str(no_key / "key"))
+    (no_key / ".env").write_text("MISTRAL_API_KEY=from-dot-env", encoding="utf-16")
+    with pytest.raises(TeacherError, match=r"^\.env is not text in UTF-8"):
+        read_api_key()
+
+
 @pytest.mark.parametrize("key", [f"{KEY}\nX-Other: 1", f"{KEY}\r", f"{KEY}–", f"{KEY}\x00"])
 def test_a_key_that_is_no_header_is_refused_without_showing_it(no_key, monkeypatch, key):
     (no_key / "key").write_text(key + "x", encoding="utf-8")
@@ -258,7 +319,7 @@ def test_an_error_with_half_of_a_surrogate_pair_can_be_stored():
     assert str(failure_of(Answer(status=400, body=r'{"message": "bad \ud83d"}'))) == "HTTP 400: bad \ufffd"
 
 
-@pytest.mark.parametrize("usage", [{"prompt_tokens": "12", "completion_tokens": -1}, {"prompt_tokens": None}, {}])
+@pytest.mark.parametrize("usage", [{"prompt_tokens": "12", "completion_tokens": -1}, {"prompt_tokens": None}, {}, {"prompt_tokens": 10**30}])
 def test_token_counts_that_are_none_are_unknown(usage):
     answer = read_reply(encode_body({"choices": [{"message": {"content": "x"}}], "usage": usage}))
     assert (answer.num_prompt_tokens, answer.num_completion_tokens) == (None, None)

@@ -182,6 +182,22 @@ def test_broken_and_repeated_lines_of_answers_are_faults(tmp_path):
     assert made["answers"][0]["rows"] == 2
 
 
+def test_a_line_nested_too_deeply_and_a_file_without_answers_are_faults(tmp_path):
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    run(CheckDataConfig(thoughts=(str(tmp_path / "deep.jsonl"), str(tmp_path / "empty.jsonl")), output_dir=str(tmp_path / "out"), bootstrap_draws=10))
+    found = json.loads((tmp_path / "out/check.json").read_text())["findings"]
+    assert [(item["where"], item["check"], item["examples"]) for item in found] == [
+        ("deep thoughts", "broken rows", ["line 1: nested too deeply"]),
+        ("empty thoughts", "no rows", ["empty thoughts"]),
+    ]
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"cannot be read as a file \(Is a directory\)"):
+        run(CheckDataConfig(csv=(f"train={tmp_path}",), output_dir=str(tmp_path / "out")))
+
+
 def test_unread_answers_are_counted_by_status(check):
     answers = [answer(0, CLEAN[0], 1), answer(1, CLEAN[1], None), answer(2, CLEAN[2], None, parse_status="request_failed")]
     made = check({"train": CLEAN}, {"train": answers})

@@ -6,6 +6,7 @@ python -m pytest tests/test_examples.py
 import csv
 import re
 import tracemalloc
+from pathlib import Path
 
 import pytest
 
@@ -165,6 +166,16 @@ def test_a_missing_file_a_folder_and_an_empty_file_are_refused(tmp_path, refusal
     for text in ("", "\ufeff", "\n\n"):
         assert refusal(text) == "pairs.csv: the file is empty; it needs a header with premise,hypothesis[,label] and a row for each pair."
     assert refusal("premise,hypothesis,label\n") == "pairs.csv: the file has a header but no rows."
+
+
+def test_a_file_that_the_system_does_not_give_is_refused():
+    with pytest.raises(DataError, match=r"^/proc/self/mem: cannot be read as a file \(Input/output error\)\.$"):
+        list(iterate_examples(Path("/proc/self/mem")))
+
+
+@pytest.mark.parametrize("column", ["num_replies", "thought_process", "telling_phrase", "score"])
+def test_a_column_that_an_answer_would_overwrite_is_refused(refusal, column):
+    assert f"column {column} is written by this project" in refusal(f"premise,hypothesis,{column}\na,b,c\n")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 python -m pytest tests/test_ledger.py
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -18,6 +19,7 @@ import pytest
 from nli.errors import StorageError
 from nli.ledger import Ledger, new_owner
 from nli.ledger_file import LedgerReader, Totals, encode_body, in_turn, request_key
+from nli.prices import Price
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RUN, OTHER_RUN = "thoughts.jsonl", "other.jsonl"
@@ -414,6 +416,17 @@ def test_a_larger_budget_goes_on_and_what_was_held_counts_in_it(bench):
     assert bench.send("a", key=b"2") == ("go",)
 
 
+def test_what_was_used_before_a_price_was_known_counts_in_the_budget_that_comes_later(bench):
+    ask(bench, "a", KEY, reserve=0)
+    bench.done("a", cost=0)
+    price = Price(10.0, 20.0)
+    owed = price.cost_nanodollars(bench.row()["prompt_tokens"], bench.row()["completion_tokens"])
+    assert bench.ledger.begin_run(RUN, None, price).cost == 0
+    assert bench.ledger.begin_run(RUN, owed, price).cost == bench.row()["cost"] == owed > 0
+    assert bench.ledger.begin_run(RUN, owed, price).cost == owed
+    assert ask(bench, "b", b"2") == ("over",)
+
+
 def test_no_call_of_a_halted_run_goes_out_until_it_is_begun_again_and_others_do(bench):
     bench.claim("a")
     bench.post("a", "halt", RUN, "the key is refused")
@@ -531,6 +544,16 @@ def test_a_folder_that_cannot_be_used_and_a_file_that_is_no_ledger_are_storage_e
             opens(tmp_path / "bad")
     with pytest.raises(StorageError, match=r"ledger\.sqlite: no ledger there"):
         LedgerReader(tmp_path)
+
+
+def test_a_ledger_of_another_version_is_refused_and_left_as_it_is(tmp_path):
+    Ledger(tmp_path).close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "ledger.sqlite")) as db:
+        db.execute("ALTER TABLE requests DROP COLUMN is_unsure")
+        db.execute("ALTER TABLE owners ADD COLUMN node TEXT")
+    for opens in (Ledger, LedgerReader):
+        with pytest.raises(StorageError, match=r"a ledger of another version .* \(they differ in owners.node, requests.is_unsure\)\. Use that"):
+            opens(tmp_path)
 
 
 def test_a_ledger_whose_maker_was_killed_before_the_first_table_is_an_empty_one(tmp_path):

@@ -170,7 +170,8 @@ def test_two_processes_cannot_work_on_one_output(path):
     assert start(path).was_finished
 
 
-def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match=r"file/out/manifest\.json: cannot be written \(Not a directory\)\. Free space or choose another output"):
-        start_run(tmp_path / "file/out/manifest.json", "evaluation", {}, None)
+@pytest.mark.parametrize("place", ["file/thoughts.jsonl", "o" * 240 + ".jsonl"])
+def test_a_place_that_nothing_can_be_written_to_is_said_before_work_begins(tmp_path, place):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(StorageError, match=r"nothing can be written there \(.+\)\. Free space or choose another output"):
+        start(manifest_beside(tmp_path / place))

@@ -15,7 +15,7 @@ from nli.ledger import Ledger
 from nli.ledger_file import LedgerReader
 from nli.limiter import AccountLimiter, Ended, Grants, Limits
 from nli.limiter_client import LimiterClient
-from nli.services import GATHER_SECONDS, Gatherer, GroupCommit, LedgerClient, account_name
+from nli.services import GATHER_SECONDS, Gatherer, GroupCommit, LedgerClient, LimiterService, account_name
 
 
 def test_items_that_come_together_are_flushed_together_in_order_and_one_flush_runs_at_a_time():
@@ -427,3 +427,11 @@ def test_an_account_is_its_server_however_the_address_is_written_and_its_key_whi
     assert name != account_name("https://api.mistral.ai", "another-key")
     assert name != account_name("https://other.ai", "secret-key")
     assert "secret" not in name
+
+
+def test_limits_that_are_set_after_the_clock_was_set_back_are_newer_all_the_same():
+    service = LimiterService.__new__(LimiterService)
+    service._limiter, service._version, service._note_call = AccountLimiter(Limits()), time.time() + 3600, lambda: None
+    before = service._version
+    asyncio.run(service.set_limits(Limits(max_in_flight=1)))
+    assert service._version > before

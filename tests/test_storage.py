@@ -197,3 +197,9 @@ def test_half_of_a_surrogate_pair_is_refused_with_its_line(here):
     (here / "rows.jsonl").write_text(json.dumps(example(0, "whole 🐕 犬")) + "\n" + json.dumps(example(1) | {"note": "half \ud83d"}) + "\n")
     with pytest.raises(DataError, match=r"rows\.jsonl:2: half of a surrogate pair"):
         read_jsonl(here / "rows.jsonl", Example)
+
+
+def test_a_line_nested_too_deeply_is_named(here):
+    (here / "deep.jsonl").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"deep\.jsonl:1: nested too deeply"):
+        read_jsonl(here / "deep.jsonl", Example)

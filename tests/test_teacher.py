@@ -6,6 +6,7 @@ python -m pytest tests/test_teacher.py
 import asyncio
 import pickle
 import socket
+import time
 import traceback
 
 import pytest
@@ -14,7 +15,7 @@ from chat_server import KEY, Answer, with_server
 from nli import errors
 from nli.asking import Teacher
 from nli.chat_api import chat_url
-from nli.errors import ConfigError, NLIError, TeacherError
+from nli.errors import ConfigError, NLIError, StorageError, TeacherError
 from nli.ledger import Ledger
 from nli.ledger_file import LedgerReader
 from nli.limiter_client import LimiterClient
@@ -155,6 +156,11 @@ def test_a_server_s_own_wait_is_kept(ask_one, waits, header, least):
     assert least <= waits[0] <= max(least, 0.75)
 
 
+def test_no_wait_that_a_server_asks_for_holds_a_row_up_for_hours(ask_one, waits):
+    ask_one(Answer(status=503, headers={"Retry-After": "86400"}), Answer(text=GOOD))
+    assert waits == [600]
+
+
 def test_a_call_that_keeps_failing_is_a_row_with_its_reason(ask_one, waits):
     outcome, server = ask_one(Answer(status=503, body='{"message": "overloaded"}'), max_attempts=3)
     assert (outcome.status, outcome.fields, outcome.problem) == ("request_failed", None, "HTTP 503: overloaded")
@@ -252,6 +258,16 @@ def test_an_address_without_http_is_refused_before_anything_starts(monkeypatch):
         check_teacher(TeacherConfig(base_url="localhost:8377"))
 
 
+@pytest.mark.parametrize("address", ["http://", "http://[::1", "http://host:99999", "http://host:port", "http://host/#v1"])
+def test_an_address_of_no_server_is_refused_before_anything_starts(address):
+    with pytest.raises(TeacherError, match=r"^--base-url .* is not the address of a server"):
+        check_teacher(TeacherConfig(base_url=address, api_key_file="none"))
+
+
+def test_an_address_by_number_is_one():
+    assert check_teacher(TeacherConfig(base_url="http://[::1]:8000/v1/", api_key_file="none")) == "none"
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -269,6 +285,11 @@ def test_settings_out_of_range_are_refused(values):
         TeacherConfig(**values)
 
 
+def test_a_budget_without_end_is_refused():
+    with pytest.raises(ConfigError, match="^max_cost is inf, which no account holds; 0 is no bound"):
+        TeacherConfig(max_cost=float("inf")).check()
+
+
 def test_an_output_s_identity_holds_what_decides_the_answers_and_no_key():
     identity = describe_requests(TeacherConfig(), PROMPT)
     assert identity == describe_requests(
@@ -283,6 +304,7 @@ def test_an_output_s_identity_holds_what_decides_the_answers_and_no_key():
         {"random_seed": 1},
         {"response_format": "text"},
         {"repair_invalid": False},
+        {"api": "openai"},
     ):
         assert describe_requests(TeacherConfig(**change), PROMPT) != identity
     assert describe_requests(TeacherConfig(), TEACHER_PROMPTS["scoring"]) != identity
@@ -451,3 +473,48 @@ def test_a_server_that_refuses_every_request_ends_the_run_and_one_that_answers_d
     rows = many(31)[1:]
     outcomes, _ = ask(Answer(text=GOOD), *[Answer(status=422)] * 29, rows=rows, max_in_flight=1)
     assert [outcome.status for outcome in outcomes] == ["ok"] + ["request_failed"] * 29
+
+
+def test_a_server_that_answers_with_web_pages_alone_ends_the_run(ask, waits):
+    page = Answer(body="<html>Please log in</html>")
+    with pytest.raises(TeacherError, match="the first 20 requests were all refused, the last with: the body of the reply is not .* Check --base-url") as caught:
+        ask(page, rows=many(8), max_in_flight=4)
+    assert len(caught.value.server.calls) < 20 + 4
+
+
+def test_a_server_that_has_failed_for_minutes_and_never_answered_ends_the_run(ask, waits, monkeypatch):
+    monkeypatch.setattr("nli.limiter.BREAKER_FAILURES", 2)
+    monkeypatch.setattr("nli.asking.FAILING_SECONDS", -1.0)
+    with pytest.raises(TeacherError, match="every call has failed for 0 minutes, the last with: HTTP 500: down. Check the server"):
+        ask(Answer(status=500, body='{"message": "down"}'), rows=many(6), max_in_flight=1)
+
+
+def test_after_a_reply_that_could_not_be_stored_no_further_call_is_paid_for(folder):
+    """A full disk may have room for claims and none for replies."""
+
+    async def use(server):
+        ledger = Ledger(folder)
+        ledger.begin_run(RUN, None)
+        commit = GroupCommit(ledger)
+
+        async def post(owner, operations):
+            if any(operation[0] == "done" for operation in operations):
+                raise StorageError("ledger: cannot be written (disk full).")
+            return await commit.post(owner, operations)
+
+        config = TeacherConfig(base_url=server.base_url, max_in_flight=2)
+        teacher = Teacher(config, PROMPT, KEY, RUN, LedgerClient(post, "worker"), LimiterClient(None, "worker", config.limits()))
+        with pytest.raises(StorageError, match="disk full"):
+            await teacher.ask_all(many(40))
+        await teacher.close()
+        ledger.close()
+        return len(server.calls)
+
+    assert with_server([Answer(text=GOOD)], use) <= 4
+
+
+def test_who_waits_for_a_slow_limit_hears_at_once_that_the_run_has_ended(ask):
+    started = time.monotonic()
+    with pytest.raises(TeacherError, match="HTTP 401"):
+        ask(Answer(status=401), rows=many(16), requests_per_minute=1)
+    assert time.monotonic() - started < 5

@@ -4,14 +4,15 @@ import asyncio
 import json
 import time
 from email.utils import parsedate_to_datetime
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
 
-from benchmarks.bill import find_fullest_window
+from benchmarks.bill import Bill, find_fullest_window
 from benchmarks.faults import CONTENT_KINDS, FaultScript, FaultScriptError, read_script
 from benchmarks.replies import key_of, load_exact_counters, write_content
-from benchmarks.teacher_server import start_teacher_server
+from benchmarks.teacher_server import Settings, TeacherServer, start_teacher_server
 from nli.parsing import ParseStatus, parse_reply
 from nli.prompts import TEACHER_PROMPTS, ReflectionReply, ScoringReply, ThoughtReply
 
@@ -80,6 +81,19 @@ def test_a_reset_forgets_the_bill_and_the_attempts(server):
     _ask(server, [_body()])
     server.reset_bill()
     assert (server.bill()["requests"], server.bill()["billed"], server.bill()["total_tokens"]) == (0, 0, 0)
+
+
+def test_a_call_that_is_under_way_at_a_reset_stays_on_the_bill_that_was_forgotten():
+    server = TeacherServer(Settings(read_script({}, 0)))
+    number = server.bill.arrive()
+
+    async def reset_in_the_middle(request, bill, number):
+        server.bill = Bill()
+        server.charge(bill, number, "key", {"model": "ministral-8b-2512", "messages": []}, "text")
+
+    server._complete_chat = reset_in_the_middle
+    asyncio.run(server.handle(SimpleNamespace(path="/v1/chat/completions", method="POST")))
+    assert number == 0 and (server.bill.summarise()["requests"], server.bill.in_flight) == (0, 0)
 
 
 @pytest.mark.parametrize(
