@@ -118,7 +118,7 @@ def lock_output(path: Path) -> TextIO:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path.with_name(f".{path.name}.lock"), "a+", encoding="utf-8")  # noqa: SIM115  (held while the run lasts)
     except OSError as error:
-        raise StorageError(f"{path.parent}: nothing can be written there ({error.strerror}). Free space or choose another output; nothing was started.") from None
+        raise StorageError(f"{path.parent}: nothing can be written there ({error.strerror}). Free space or choose another output.") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
