@@ -180,7 +180,8 @@ def open_ledger(folder: Path) -> tuple[TextIO, TextIO, sqlite3.Connection]:
     except OSError as error:
         raise StorageError(f"{folder}: the ledger cannot be kept there ({error.strerror}).") from None
     try:
-        return lock, turn, connect(folder / "ledger.sqlite")
+        with in_turn(turn):  # of several that make the file at once, SQLite lets all but one fail
+            return lock, turn, connect(folder / "ledger.sqlite")
     except StorageError:
         lock.close()
         turn.close()

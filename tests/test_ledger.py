@@ -580,6 +580,30 @@ def test_a_ledger_that_another_machine_has_open_is_refused_and_one_it_left_is_ta
     too.close()
 
 
+def test_a_ledger_can_be_made_by_several_processes_at_the_same_moment(tmp_path):
+    script = """
+import multiprocessing, sys
+from pathlib import Path
+from nli.ledger import Ledger
+
+def make(barrier):
+    for index in range(40):
+        barrier.wait(20)
+        Ledger(Path(sys.argv[1]) / str(index)).close()
+
+context = multiprocessing.get_context("fork")
+barrier = context.Barrier(3)
+processes = [context.Process(target=make, args=(barrier,)) for _ in range(3)]
+for process in processes:
+    process.start()
+for process in processes:
+    process.join()
+sys.exit(any(process.exitcode for process in processes))
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
 def test_two_processes_of_one_host_share_a_ledger_and_no_request_is_sent_by_both(tmp_path):
     script = """
 import sys
