@@ -40,8 +40,7 @@ def run(config: AccountConfig) -> dict:
     with connected():
         limiter = start_limiter_service(config.base_url, key, Limits())
         now = ray.get(limiter.describe.remote())["limits"]
-        given = {"requests_per_minute": config.requests_per_minute, "tokens_per_minute": config.tokens_per_minute, "max_in_flight": config.calls_in_flight}
-        wanted = Limits(**{name: getattr(now, name) if value is None else value for name, value in given.items()})
+        wanted = now.changed(config.requests_per_minute, config.tokens_per_minute, config.calls_in_flight)
         if wanted != now:
             ray.get(limiter.set_limits.remote(wanted))
         found = ray.get(limiter.describe.remote())

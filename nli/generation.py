@@ -28,6 +28,7 @@ from nli.errors import NLIError, StorageError, TeacherError
 from nli.estimates import describe_estimate, estimate_run
 from nli.ledger import Ledger, new_owner
 from nli.ledger_file import LedgerReader
+from nli.limiter import Limits
 from nli.limiter_client import LimiterClient
 from nli.parsing import ParseStatus
 from nli.prices import NANO
@@ -136,9 +137,7 @@ def _ask(work: Generation, config: TeacherConfig, key: str, ledger: Ledger, fold
     run = str(work.output)
     with connected(), _halting_on_signals(ledger, run), LiveProgress(work.stage, LedgerReader(folder), run, num_pending, bool(config.price())):
         services = [start_ledger_service(folder), start_limiter_service(config.base_url, key, config.limits())]
-        before = ray.get(services[1].set_limits.remote(config.limits()))
-        if before != config.limits():
-            print(f"{work.stage}: the account's limits are now {describe_limits(config.limits())}; they were {describe_limits(before)}", flush=True)
+        config = config.with_limits(settle_limits(config, services[1], work.stage))
         arguments = (config, work.prompt.name, run, str(worklist.path), *services, folder, ray.get_runtime_context().get_node_id())
         pool = {"num_workers": config.workers, "num_cpus": CPUS_PER_WORKER}
         for _ in spread(slices, Asker, arguments, **pool, batch_size=1, label=work.stage, calls_at_once=SLICES_AT_ONCE, awaits_all=True):
@@ -228,7 +227,21 @@ def _refuse_failed(work: Generation, counts: Mapping) -> None:
         print(message, flush=True)
 
 
-def describe_limits(limits) -> str:
+def settle_limits(config: TeacherConfig, limiter, stage: str) -> Limits:
+    """Give the account this job's limits; those that it leaves open stay as other jobs have set them. Returns what is in force, and says where it is news."""
+    import ray
+
+    before = ray.get(limiter.describe.remote())["limits"]
+    limits = config.limits(before)
+    if limits != before:
+        ray.get(limiter.set_limits.remote(limits))
+        print(f"{stage}: the account's limits are now {describe_limits(limits)}; they were {describe_limits(before)}", flush=True)
+    elif limits != config.limits():
+        print(f"{stage}: the account's limits are {describe_limits(limits)}, as another job set them; ray_jobs.account changes them", flush=True)
+    return limits
+
+
+def describe_limits(limits: Limits) -> str:
     """An account's limits in words."""
     names = {"requests_per_minute": "requests a minute", "tokens_per_minute": "tokens a minute", "max_in_flight": "calls in flight"}
     return ", ".join(f"{getattr(limits, name):g} {words}" for name, words in names.items() if getattr(limits, name)) or "none"

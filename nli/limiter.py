@@ -22,7 +22,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nli.config import CountOrZero, NonNegative, config_class
 
@@ -53,6 +53,11 @@ class Limits:
     def is_none(self) -> bool:
         """Whether nothing is limited."""
         return not (self.requests_per_minute or self.tokens_per_minute or self.max_in_flight)
+
+    def changed(self, requests_per_minute: float | None, tokens_per_minute: float | None, max_in_flight: int | None) -> "Limits":
+        """These limits with the given ones in their place; None leaves one as it is."""
+        given = {"requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute, "max_in_flight": max_in_flight}
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field
@@ -25,6 +25,7 @@ from nli.parsing import Parsed, ParseStatus, parse_reply
 from nli.prices import Price, find_price, require_price
 from nli.prompts import Prompt
 
+NO_LIMITS = Limits()
 MOST_DOLLARS = 1e9  # of a budget; the ledger's whole nano-dollars end at nine times that
 
 
@@ -60,12 +61,12 @@ class TeacherConfig:
     """longest wait between two looks at a batch job"""
     workers: Count = 4
     """actors that send requests"""
-    requests_per_minute: NonNegative = 0
-    """the account's limit over all workers and jobs; 0: none"""
-    tokens_per_minute: NonNegative = 0
-    """the account's limit over all workers and jobs, prompt and reply together; 0: none"""
-    calls_in_flight: CountOrZero = 0
-    """the account's limit of calls under way at once, over all workers and jobs; 0: none"""
+    requests_per_minute: NonNegative | None = None
+    """the account's limit over all workers and jobs; 0: none; None: as other jobs have set it"""
+    tokens_per_minute: NonNegative | None = None
+    """the account's limit over all workers and jobs, prompt and reply together; 0: none; None: as other jobs have set it"""
+    calls_in_flight: CountOrZero | None = None
+    """the account's limit of calls under way at once, over all workers and jobs; 0: none; None: as other jobs have set it"""
     max_in_flight: Count = 16
     """most requests under way in one worker"""
     timeout_seconds: Positive = 120
@@ -112,9 +113,14 @@ class TeacherConfig:
             price = require_price(self.model) if self.max_cost else find_price(self.model)
         return price.half() if price and self.mode == "batch" else price
 
-    def limits(self) -> Limits:
-        """The account's limits."""
-        return Limits(requests_per_minute=self.requests_per_minute, tokens_per_minute=self.tokens_per_minute, max_in_flight=self.calls_in_flight)
+    def limits(self, others: Limits = NO_LIMITS) -> Limits:
+        """The account's limits: this config's, and where it has none those that other jobs have set."""
+        return others.changed(self.requests_per_minute, self.tokens_per_minute, self.calls_in_flight)
+
+    def with_limits(self, limits: Limits) -> Self:
+        """This config with limits that are settled."""
+        each = {"requests_per_minute": limits.requests_per_minute, "tokens_per_minute": limits.tokens_per_minute, "calls_in_flight": limits.max_in_flight}
+        return replace(self, **each)
 
 
 def describe_requests(config: TeacherConfig, prompt: Prompt) -> dict:

@@ -200,3 +200,27 @@ def test_an_account_s_limits_are_shown_and_changed_while_jobs_run(ray_cluster, t
     found = run(AccountConfig(**account, requests_per_minute=300.0))
     assert (found["limits"].requests_per_minute, found["limits"].max_in_flight) == (300.0, 8)
     assert "limits 300 requests a minute, 8 calls in flight; in flight 0, cut to 8; workers 0" in capsys.readouterr().out
+
+
+def test_a_job_leaves_the_limits_that_it_does_not_name_as_another_has_set_them(ray_cluster, capsys):
+    import ray
+
+    from nli.generation import settle_limits
+    from nli.services import start_limiter_service
+    from nli.teacher import TeacherConfig
+
+    limiter = start_limiter_service("http://settled.test", "a-key", Limits())
+
+    def settle(**limits) -> tuple[Limits, str]:
+        return settle_limits(TeacherConfig(**limits), limiter, "thoughts"), capsys.readouterr().out
+
+    assert settle() == (Limits(), "")
+    first = Limits(requests_per_minute=60.0, max_in_flight=4)
+    told = "thoughts: the account's limits are now 60 requests a minute, 4 calls in flight; they were none\n"
+    assert settle(requests_per_minute=60.0, calls_in_flight=4) == (first, told)
+    told = "thoughts: the account's limits are 60 requests a minute, 4 calls in flight, as another job set them; ray_jobs.account changes them\n"
+    assert settle() == (first, told)
+    assert settle(requests_per_minute=60.0, calls_in_flight=4) == (first, "")
+    assert settle(requests_per_minute=0.0)[0] == ray.get(limiter.describe.remote())["limits"] == Limits(max_in_flight=4)
+    assert TeacherConfig().with_limits(first).limits() == first
+    ray.kill(limiter)
