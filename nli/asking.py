@@ -83,7 +83,7 @@ class Teacher:
         """
         piece = _Slice(len(rows))
         self._waiting.extend((row, piece) for row in rows)
-        with self._ledger.alive():
+        with self._ledger.alive(self.run, self._hear_of_halt):
             while len(self._askers) < min(2 * self.config.max_in_flight, len(self._waiting)):
                 self._askers.add(asyncio.get_running_loop().create_task(self._ask_waiting()))
             await piece.finished.wait()
@@ -194,6 +194,11 @@ class Teacher:
         except TeacherError as error:
             self._end(error)  # before another call can go out
             return None, None, error
+
+    def _hear_of_halt(self, reason: str) -> None:
+        """The run was halted while this worker may be waiting for the limiter, which can take minutes."""
+        if self._stopped is None:
+            self._end(TeacherError(reason))
 
     async def _stop_if_no_call_may_go(self, answer: tuple) -> None:
         if answer[0] == "halted":

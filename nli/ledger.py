@@ -73,7 +73,7 @@ class Ledger:
             ("fail", key, n, kind, problem, is_final)      the server answered, and did not bill                                        ("ok",)
             ("lose", key, n, kind, problem, is_final)      sent, and no answer came                                                     ("ok",)
             ("halt", run, reason)  no call of the run is sent any more                                                                  ("ok",)
-            ("beat",)              the owner is alive                                                                                   ("ok",)
+            ("beat", run)          the owner is alive                                                                      ("ok",) | ("halted", reason)
         `parent` is the key of the request that this one repairs; `n` counts a request's sends from 1. Repeating an operation changes nothing. What is said of
         a request that the ledger lost or gave to another worker is answered with ("ok",) as well, and changes only what is still open.
         """
@@ -337,6 +337,11 @@ class Ledger:
             self._mark_ambiguous(key, found.run, found.reserved, kind, problem, "ambiguous" if is_final else "claimed", now)
         return ("ok",)
 
+    def _note_beat(self, owner: str, now: float, run: str = "") -> tuple:
+        """`commit` has noted the beat."""
+        found = self._db.execute("SELECT halted FROM runs WHERE run = ? AND halted IS NOT NULL", (run,)).fetchone()
+        return ("halted", found[0]) if found else ("ok",)
+
     def _halt(self, owner: str, now: float, run: str, reason: str) -> tuple:
         self._db.execute("UPDATE runs SET halted = COALESCE(halted, ?) WHERE run = ?", (reason, run))
         self._budgets.pop(run, None)
@@ -351,7 +356,7 @@ _APPLY: dict[str, Callable[..., tuple]] = {
     "fail": Ledger._fail,
     "lose": Ledger._lose,
     "halt": Ledger._halt,
-    "beat": lambda ledger, owner, now: ("ok",),  # `commit` has noted the owner's beat
+    "beat": Ledger._note_beat,
 }
 
 

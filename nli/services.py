@@ -100,21 +100,23 @@ class LedgerClient:
         return await self._gatherer.submit(operation)
 
     @contextlib.contextmanager
-    def alive(self) -> Iterator[None]:
-        """Let the ledger hear of this worker while the block lasts, however long a call takes."""
+    def alive(self, run: str = "", on_halt: Callable[[str], object] = str) -> Iterator[None]:
+        """Let the ledger hear of this worker while the block lasts, however long a call takes; `on_halt` is told why if the run is halted meanwhile."""
         self._num_open += 1
         if self._beating is None or self._beating.done():
-            self._beating = asyncio.get_running_loop().create_task(self._beat())
+            self._beating = asyncio.get_running_loop().create_task(self._beat(run, on_halt))
         try:
             yield
         finally:
             self._num_open -= 1
 
-    async def _beat(self) -> None:
+    async def _beat(self, run: str, on_halt: Callable[[str], object]) -> None:
         while self._num_open:
             await asyncio.sleep(LEASE_SECONDS / 5)
             with contextlib.suppress(Exception):  # whoever needs the ledger meets the error; this goes on, since the worker lives
-                await self.call("beat")
+                answer = await self.call("beat", run)
+                if answer[0] == "halted":
+                    on_halt(answer[1])
 
 
 class _Service:

@@ -170,7 +170,7 @@ def test_a_worker_beats_while_a_call_takes_its_time_and_also_after_the_ledger_wa
         assert client._beating.done()
 
     simulate(run())
-    assert all(each[1:] == ("worker", [("beat",)]) for each in posts)
+    assert all(each[1:] == ("worker", [("beat", "")]) for each in posts)
     times = [at for at, _, _ in posts]
     assert 15 <= len(times) <= 26
     assert 57 <= max(times) <= 63

@@ -518,3 +518,21 @@ def test_who_waits_for_a_slow_limit_hears_at_once_that_the_run_has_ended(ask):
     with pytest.raises(TeacherError, match="HTTP 401"):
         ask(Answer(status=401), rows=many(16), requests_per_minute=1)
     assert time.monotonic() - started < 5
+
+
+def test_a_run_that_is_halted_from_outside_ends_workers_that_wait_for_the_limiter_within_seconds(folder):
+    async def use(server):
+        ledger = Ledger(folder)
+        ledger.begin_run(RUN, None)
+        config = TeacherConfig(base_url=server.base_url, requests_per_minute=1)
+        teacher = Teacher(config, PROMPT, KEY, RUN, LedgerClient(GroupCommit(ledger).post, "worker"), LimiterClient(None, "worker", config.limits()))
+        asking = asyncio.ensure_future(teacher.ask_all(many(8)))
+        await asyncio.sleep(0.5)
+        ledger.commit([("driver", [("halt", RUN, "stopped from outside")])])
+        with pytest.raises(TeacherError, match="^stopped from outside$"):
+            await asyncio.wait_for(asking, 10)
+        await teacher.close()
+        ledger.close()
+        return len(server.calls)
+
+    assert with_server([Answer(text=GOOD)], use) == 1
