@@ -24,7 +24,7 @@ from nli.asking import Teacher
 from nli.batch_mode import ask_in_batches, refuse_open_batches
 from nli.chat_api import Unreachable, check_reachable
 from nli.cluster import connected, spread
-from nli.errors import NLIError, StorageError, TeacherError
+from nli.errors import NLIError, ResumeError, StorageError, TeacherError
 from nli.estimates import describe_estimate, estimate_run
 from nli.ledger import Ledger, new_owner
 from nli.ledger_file import LedgerReader
@@ -34,7 +34,7 @@ from nli.parsing import ParseStatus
 from nli.prices import NANO
 from nli.progress import LiveProgress
 from nli.prompts import TEACHER_PROMPTS, Prompt
-from nli.runs import manifest_beside, start_run
+from nli.runs import Run, manifest_beside, start_run
 from nli.services import open_ledger_client, start_ledger_service, start_limiter_service, sync_with_actor
 from nli.storage import dump_line, resolve_output, write_atomic
 from nli.teacher import Outcome, TeacherConfig, check_teacher, describe_requests, first_key, read_outcomes, settle_key_file
@@ -86,7 +86,7 @@ def run_generation(work: Generation) -> Counter | None:
         record = start_run(manifest_beside(work.output), work.stage, identity, config, [work.source], has_work=work.output.exists())
         try:
             with contextlib.closing(Ledger(folder)) as ledger:
-                counts, spent = _ask_and_write(work, config, key, ledger, folder, worklist, num_rows)
+                counts, spent = _ask_and_write(work, config, key, ledger, folder, worklist, num_rows, record)
         except BaseException:
             record.stop(record.manifest["counts"])
             raise
@@ -102,7 +102,9 @@ def _temporary_folder() -> tempfile.TemporaryDirectory:
         raise StorageError(f"no temporary folder can be made ({error.strerror}). Free space, or set TMPDIR to a folder that can be written to.") from None
 
 
-def _ask_and_write(work: Generation, config: TeacherConfig, key: str, ledger: Ledger, folder: Path, worklist: Worklist, num_rows: int) -> tuple[Counter, dict]:
+def _ask_and_write(
+    work: Generation, config: TeacherConfig, key: str, ledger: Ledger, folder: Path, worklist: Worklist, num_rows: int, record: Run
+) -> tuple[Counter, dict]:
     """Steps 2 and 3; returns the counts of the output's rows and what the run has spent, earlier attempts included."""
     run = str(work.output)
     with _finding_done(work, folder) as find_done:
@@ -110,6 +112,8 @@ def _ask_and_write(work: Generation, config: TeacherConfig, key: str, ledger: Le
     num_requests = worklist.count_requests()
     same = f" ({num_requests} different requests)" if num_requests < num_rows else ""
     done = num_requests - num_pending
+    if not done:
+        _refuse_to_pay_again(work, folder, record)
     print(f"{work.stage}: {num_rows} rows{same}, {done} finished already, {num_pending} to ask {config.model} for", flush=True)
     if num_pending:
         ledger.begin_run(run, int(config.max_cost * NANO) if config.max_cost else None, config.price())
@@ -214,6 +218,16 @@ def _write_output(work: Generation, ledger: Ledger, folder: Path, worklist: Work
 def dead_letters_beside(output: Path) -> Path:
     """Where the rows that are not fit for training lie, each with its reason."""
     return output.with_name(f"{output.stem}.dead_letters{output.suffix}")
+
+
+def _refuse_to_pay_again(work: Generation, folder: Path, record: Run) -> None:
+    """Raise ResumeError if the output holds answers to these very inputs, of which the ledger knows none: it is not the one that they were paid through."""
+    replies = sum(count for name, count in record.manifest["counts"].items() if name.startswith("status_") and name != f"status_{ParseStatus.REQUEST_FAILED}")
+    if replies and record.has_same_inputs and work.output.exists():
+        raise ResumeError(
+            f"{work.output} holds {replies} replies of which the ledger in {folder} knows none, so all would be asked and paid again."
+            " Give the --ledger-dir that they went through; or, to pay again, move the output away."
+        )
 
 
 def _refuse_failed(work: Generation, counts: Mapping) -> None:

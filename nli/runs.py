@@ -37,6 +37,8 @@ class Run:
     path: Path
     manifest: dict
     was_finished: bool
+    has_same_inputs: bool
+    """as the attempt before it"""
     _lock: TextIO
     _clock: float = field(default_factory=time.monotonic)
 
@@ -93,7 +95,8 @@ def start_run(path: Path, stage: str, identity: Mapping, config: object, inputs:
         "counts": (earlier or {}).get("counts", {}),
     }
     write_atomic(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-    return Run(path, manifest, was_finished=earlier is not None and earlier["status"] == "finished", _lock=lock)
+    has_same_inputs = earlier is not None and earlier.get("inputs") == manifest["inputs"]
+    return Run(path, manifest, earlier is not None and earlier["status"] == "finished", has_same_inputs, lock)
 
 
 def _describe_input(path: Path) -> dict:

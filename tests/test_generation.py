@@ -60,6 +60,19 @@ def test_finished_work_costs_no_call_whatever_becomes_of_parser_labels_and_outpu
     assert server.bill()["requests"] == bill["requests"]
 
 
+def test_an_output_is_not_paid_again_because_its_ledger_is_elsewhere(server, config, tmp_path):
+    output = thoughts.run(config)
+    first, bill = output.read_bytes(), server.bill()
+    for _ in range(2):
+        with pytest.raises(ResumeError, match=rf"holds {NUM_ROWS} replies of which the ledger in .*elsewhere knows none, so all would be asked and paid again"):
+            thoughts.run(replace(config, ledger_dir=str(tmp_path / "elsewhere")))
+    assert (output.read_bytes(), server.bill()["requests"]) == (first, bill["requests"])
+    assert thoughts.run(config).read_bytes() == first
+    with open(config.input_csv, "a", encoding="utf-8") as file:
+        file.write('new,"One more.","It is one.",1\n')
+    assert len(read_rows(thoughts.run(config))) == NUM_ROWS + 1
+
+
 def test_a_row_does_not_depend_on_time_attempts_or_workers(server, config, tmp_path):
     first = thoughts.run(config).read_bytes()
     server.reset_bill()
