@@ -182,7 +182,7 @@ def test_what_cannot_be_merged_is_refused_before_a_model_is_loaded(adapters, dev
 
 def test_an_output_that_cannot_be_written_or_is_being_made_is_refused_before_a_model_is_loaded(adapters, dev_file, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match=r"file/out: cannot be written \("):
+    with pytest.raises(StorageError, match=r"file: nothing can be written there \("):
         export.run(config_of(adapters["nf4"], tmp_path / "file/out", dev_file))
     with lock_output(tmp_path / "out"), pytest.raises(ResumeError, match=rf"process {os.getpid()} on .* is at work on out; wait for it"):
         export.run(config_of(adapters["nf4"], tmp_path / "out", dev_file))
