@@ -4,14 +4,17 @@ python -m pytest tests/test_inference_benchmark.py
 """
 
 import csv
+import time
 
 import pytest
 
 from benchmarks.inference_agree import pair_up, write_ordered
 from benchmarks.inference_report import Divergence, compare_answers, find_divergence, find_ratios, render_table
 from benchmarks.inference_runs import Board, read_job
+from benchmarks.inference_sharing import Pace, StepEngine, find_perfect_seconds
 from benchmarks.inference_workload import count_steps, draw_lengths, read_workload, write_pairs, write_workload
 from benchmarks.product import pick_lines
+from nli.engines import Request
 
 BARE = {"arm": "bare-vllm", "precision": "bf16", "rows": 1977, "wall_seconds": 110.0, "load_seconds": 70.0, "rows_seconds": 20.0, "rows_per_second": 98.85}
 JOB = {"arm": "job", "precision": "bf16", "rows": 1977, "wall_seconds": 101.5, "load_seconds": 68.0, "rows_seconds": 21.0, "rows_per_second": 94.14}
@@ -123,3 +126,14 @@ def test_key_lines_of_a_job_are_its_stages_own_once_each_without_rays_names():
     output = "2026-11-25 INFO worker.py:1 -- Connecting\nsft: 40 steps\n\x1b[36m(RayTrainWorker pid=3)\x1b[0m sft a: goes on from checkpoint-2\n"
     output += "inference:  40%|██ | 2/5\ninference: tiny: 0 of 400 unparsed\n  12.0 rows/s\nsft: 40 steps\n"
     assert pick_lines(output) == ["sft: 40 steps", "sft a: goes on from checkpoint-2", "inference: tiny: 0 of 400 unparsed", "  12.0 rows/s"]
+
+
+def test_engines_that_keep_time_answer_after_as_many_steps_as_a_row_has_tokens_and_a_perfect_queue_is_known():
+    pace = Pace(step_seconds=0.004, fixed=0.5, at_once=4, load_seconds=0.0)
+    assert find_perfect_seconds([10] * 8, 1, pace) == pytest.approx(20 * 0.004)
+    assert find_perfect_seconds([10] * 8, 2, pace) == pytest.approx(10 * 0.004)
+    assert find_perfect_seconds([10, 20], 1, pace) == pytest.approx(10 * 0.003 + 10 * 0.0025)
+    engine, started = StepEngine(pace), time.monotonic()
+    futures = [engine.submit(Request(prompt="", num_tokens=length)) for length in (20, 10, 10, 10, 10)]
+    assert [future.result(5).num_completion_tokens for future in futures] == [20, 10, 10, 10, 10]
+    assert time.monotonic() - started >= 20 * 0.0025
