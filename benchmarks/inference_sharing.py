@@ -24,17 +24,18 @@ from pathlib import Path
 from benchmarks.inference_workload import REPOSITORY, draw_lengths
 from nli.engines import EngineSettings, Generation, Request
 from nli.prompts import render_completion
+from nli.vllm_setup import MOST_ROWS
 
 
 @dataclass(frozen=True)
 class Pace:
     """How long a step takes."""
 
-    step_seconds: float = 0.024
+    step_seconds: float = 0.041
     """with as many rows as an engine takes"""
-    fixed: float = 0.3
+    fixed: float = 0.18
     """share of a step that does not depend on how many rows run"""
-    at_once: int = 1024
+    at_once: int = MOST_ROWS
     load_seconds: float = 3.0
 
     def step(self, num_rows: int) -> float:

@@ -22,6 +22,7 @@ from nli.engines import Engine, EngineSettings, Generation, Request
 from nli.errors import EngineDead, NLIError
 from nli.prompts import render_prompt
 from nli.services import Gatherer
+from nli.vllm_setup import MOST_ROWS
 
 PUT_SECONDS = 0.02  # answers that finish within so long travel together; a row is on disk within 50 ms of its end
 ASK_AGAIN_SECONDS = 0.05  # between two requests for rows where the desk gave fewer than there is room for
@@ -196,11 +197,12 @@ class Student:
 def plan_ticket(engine: str, settings: EngineSettings, num_samples: int, num_pending: int) -> tuple[int, int]:
     """(rows that one ticket is worth, most rows that one worker holds): all its tickets together are worth what it may hold, or more in a long run.
 
-    vLLM needs a half more rows than it works on at once to be full at all times, transformers several times as many to sort by length. Without thoughts rows
+    vLLM needs a quarter more rows than it works on at once to be full at all times, transformers several times as many to sort by length. Without thoughts rows
     pass by in no time.
     """
-    at_once = settings.batch_size or {"vllm": 1024, "transformers": 32 if settings.device == "cpu" else 256}[engine]
-    rows = (4 if settings.decoding.no_cot or engine == "transformers" else 1.5) * at_once / num_samples
+    at_once = settings.batch_size or {"vllm": MOST_ROWS, "transformers": 32 if settings.device == "cpu" else 256}[engine]
+    share = 4 if engine == "transformers" else 2 if settings.decoding.no_cot else 1.25
+    rows = share * at_once / num_samples
     size = max(1, round(rows / (TICKETS_AT_ONCE - 1)))
     return max(size, num_pending // MOST_TICKETS), size * TICKETS_AT_ONCE
 

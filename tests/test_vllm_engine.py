@@ -251,7 +251,7 @@ def test_an_adapter_that_vllm_refuses_is_named_at_the_start(start, standin, tmp_
 
 def test_arguments_follow_the_settings():
     arguments = build_arguments(SETTINGS, [], 32768, 0.9)
-    assert (arguments["max_num_seqs"], arguments["max_num_batched_tokens"], arguments["max_model_len"]) == (1024, 16384, 4096)
+    assert (arguments["max_num_seqs"], arguments["max_num_batched_tokens"], arguments["max_model_len"]) == (2048, 16384, 4096)
     assert arguments["enable_prefix_caching"] and "enable_lora" not in arguments
     small = build_arguments(replace(SETTINGS, batch_size=2, precision="nf4", device="cuda:1"), [AdapterShape(64, ("q_proj",))], 512, 0.5)
     assert (small["max_num_seqs"], small["max_num_batched_tokens"], small["max_model_len"]) == (2, 1024, 512)
@@ -267,8 +267,8 @@ def test_arguments_follow_the_settings():
 
 def test_every_batch_size_runs_in_a_graph_with_little_padding():
     assert capture_sizes(1) == [1] and capture_sizes(3) == [1, 2, 3]
-    sizes = capture_sizes(1024)
-    assert sizes == sorted(set(sizes)) and sizes[-1] == 1024 and len(sizes) == 32
+    sizes = capture_sizes(2048)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == 2048 and len(sizes) == 40
     assert all(after <= 2 * before for before, after in itertools.pairwise(sizes))
 
 

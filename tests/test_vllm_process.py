@@ -128,7 +128,7 @@ def test_answers_figures_and_a_quiet_end(start, capfd):
     assert [answer.result(20).text for answer in answers] == [ANSWER] * 200
 
     figures = engine.figures()
-    assert (figures["compile_seconds"], figures["peak_memory_gb"], figures["batch_size"]) == (18.2, 71.3, 1024)
+    assert (figures["compile_seconds"], figures["peak_memory_gb"], figures["batch_size"]) == (18.2, 71.3, 2048)
     assert figures["load_seconds"] > 0
 
     held = engine.submit(Request(HELD))
@@ -154,7 +154,7 @@ def test_a_killed_process_is_raised_out_of_every_answer_and_takes_its_engine_alo
     with pytest.raises(EngineDead, match="killed by SIGKILL"):
         engine.submit(Request(PROMPT))
     assert wait_for_end(core)
-    assert engine.figures()["batch_size"] == 1024
+    assert engine.figures()["batch_size"] == 2048
 
 
 def test_an_engine_that_does_not_start_says_why(package, monkeypatch, capfd):
