@@ -69,8 +69,6 @@ class EngineSettings:
     """most rows at once; 0: the engine's own choice"""
     device: str
     """the device's name for torch: "cuda:0" or "cpu", among others"""
-    num_requests: int = 0
-    """about how many requests will come: vLLM compiles the model where they are many; 0: not known"""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -177,7 +176,6 @@ def answer(config: InferenceConfig, engine: str, settings: EngineSettings, sets:
     resources = {"CPU": config.cpus_per_worker} | ({} if settings.device == "cpu" else {"GPU": 1})
     check_workers_fit(num_workers, resources, "inference")
     num_pending = sum(each.num_pending for each in sets)
-    settings = replace(settings, num_requests=-(-num_pending * config.num_samples // num_workers))
     size, most_held = plan_ticket(engine, settings, config.num_samples, num_pending)
     desk = start_desk(worklist.path, [each.store.path for each in sets], most_held, [each.target.frame for each in sets], num_workers)
     # More tickets than rows: a worker that is ready late, or comes to a cluster that grows, finds some. Without rows they end at once.
