@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("arms", nargs="*", metavar="ARM:PRECISION", help="of compare: bare-vllm, job, transformers or original, with bf16, fp8, nf4 or fp32")
     parser.add_argument("--folder", type=Path, default=None, help="default: /tmp/nli-inference/SHAPE")
     parser.add_argument("--shape", choices=("7b", "tiny"), default="7b")
-    parser.add_argument("--rows", type=int, default=0, help="rows of the workload; default 1,977, of scaling 16,000")
+    parser.add_argument("--rows", type=int, default=0, help="rows of the workload; default 1,977, of scaling 12,000")
     parser.add_argument("--longest", type=int, default=512, help="most tokens of a forced completion, for trials")
     parser.add_argument("--max-rows", type=int, default=0, help="rows that transformers and original take")
     parser.add_argument("--adapters", type=int, default=0)
@@ -111,7 +111,7 @@ def show_table(board: Board, arguments: argparse.Namespace) -> None:
 def measure_scaling(board: Board, arguments: argparse.Namespace) -> None:
     """The job on one GPU, then on two of the same machine. With few rows the last ones, too few to fill an engine, decide the ratio."""
     data = board.folder / "pairs-scaling.csv"
-    write_workload(data, arguments.rows or 16_000, arguments.longest)
+    write_workload(data, arguments.rows or 12_000, arguments.longest)
     found = {}
     for workers in (1, 2):
         options = ["--num-workers", workers, *arguments.options.split()]
