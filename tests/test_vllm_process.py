@@ -14,6 +14,7 @@ import time
 from concurrent.futures import Future
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nli.channel import Channel
@@ -29,7 +30,7 @@ SETTINGS = EngineSettings(TINY_BASE, (), "bf16", "bf16", Decoding(max_new_tokens
 HELD = render_student_prompt("A held row.", "Nothing comes.")
 
 PACKAGE = """
-import asyncio, multiprocessing, os, signal, subprocess, sys, time
+import multiprocessing, signal, subprocess, sys, time
 from tests import vllm_standin
 
 ids = {ids}
@@ -40,7 +41,6 @@ def serve():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as vLLM does, which works in a main thread only
     import nli.vllm_worker
 
-    print("engine", os.getpid(), flush=True)
     time.sleep(60)
 
 
@@ -79,18 +79,15 @@ def package(tmp_path_factory):
 
 
 @pytest.fixture
-def start(package, monkeypatch, capfd):
+def start(package, monkeypatch):
     """Makes engines, and gives each with the number of its engine process; closes them."""
     monkeypatch.setenv("PYTHONPATH", str(package))
     engines = []
 
     def make() -> tuple[VLLMProcess, int]:
         engines.append(build_engine("vllm", SETTINGS))
-        shown = capfd.readouterr().out
-        while "engine " not in shown:
-            time.sleep(0.05)
-            shown += capfd.readouterr().out
-        return engines[-1], int(shown.split("engine ")[1].split()[0])
+        [core] = [child.pid for child in psutil.Process(engines[-1]._process.pid).children() if child.name() != "sleep"]
+        return engines[-1], core
 
     yield make
     for engine in engines:
@@ -113,6 +110,7 @@ def wait_for_end(process: int, seconds: float = 10.0) -> bool:
 
 def test_answers_figures_and_a_quiet_end(start, capfd):
     engine, core = start()
+    capfd.readouterr()
     assert engine.description == "vllm 0.26.0" and isinstance(engine, VLLMProcess)
     answer, refused = answer_all(engine, [Request(PROMPT), Request("[INST] a [/INST] b [/INST]")])
     assert (answer.text, answer.finish_reason, answer.problem) == (ANSWER, "stop", "")
