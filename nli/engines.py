@@ -105,20 +105,23 @@ class Engine(Protocol):
         ...
 
 
-def choose_engine(name: EngineName, precision: Precision, device: str) -> str:
+def choose_engine(name: EngineName, precision: Precision, device: str, compute_dtype: str = "bf16") -> str:
     """Resolve "auto" to "vllm" or "transformers" and refuse, by ModelError, what cannot work.
 
-    "auto" takes vLLM where it is installed, the device is a GPU and the precision is not fp32.
+    "auto" takes vLLM where it is installed, the device is a GPU and nothing is to be computed in fp32.
     """
     on_gpu, installed = device.startswith("cuda"), importlib.util.find_spec("vllm") is not None
     if name == "auto":
-        name = "vllm" if installed and on_gpu and precision != "fp32" else "transformers"
+        in_fp32 = precision == "fp32" or (precision, compute_dtype) == ("nf4", "fp32")
+        name = "vllm" if installed and on_gpu and not in_fp32 else "transformers"
     if name == "vllm" and not installed:
         raise ModelError('The engine vllm is not installed. Install the extra "gpu", or take engine transformers.')
     if name == "vllm" and not on_gpu:
         raise ModelError("The engine vllm needs a GPU. Take engine transformers on a CPU.")
     if name == "vllm" and precision == "fp32":
         raise ModelError("The precision fp32 is for engine transformers only.")
+    if name == "vllm" and compute_dtype != "bf16":
+        raise ModelError(f"Engine vllm computes in bf16, not in {compute_dtype}. Give compute_dtype bf16, or take engine transformers.")
     if name == "transformers" and precision == "fp8":
         raise ModelError("The precision fp8 needs engine vllm, on a GPU. Take nf4 or bf16 with engine transformers.")
     return name

@@ -134,7 +134,7 @@ def run(config: InferenceConfig) -> Path:
         if finds_cluster():
             stack.enter_context(connected(config.gpu))
         device = "cuda:0" if (has_gpus() if config.use_gpu is None else config.use_gpu) else "cpu"
-        engine = choose_engine(config.engine, config.precision, device)
+        engine = choose_engine(config.engine, config.precision, device, config.compute_dtype)
         sets = [open_results(config, stack, source, engine, base, model, len(models)) for model in models]
         rows = f"{num_rows} {'labelled' if True in labelled else 'unlabelled'} rows"
         for index, each in enumerate(sets):
@@ -211,13 +211,15 @@ def answer(config: InferenceConfig, engine: str, settings: EngineSettings, sets:
 
 
 def write_results(results: ResultSet, worklist: Worklist, timing: Mapping) -> None:
-    """Write a model's files, finish its manifest and say how it went."""
+    """Write a model's files, finish its manifest and say how it went. A run that computes nothing leaves the figures of the last one that did."""
     record = results.record
     tally = write_answers(worklist, results.store, results.files["jsonl"])
     write_table(results.files["jsonl"])
     counts = tally.counts() | {name: timing[name] for name in ("rows_computed", "seconds", "rows_per_second")}
-    record.manifest["attempts"][-1]["seconds"] = timing["seconds"]
-    write_report(results.files["jsonl"], {**record.manifest, "status": "finished", "counts": counts, "metrics": tally.metrics, "timing": timing})
+    attempts = record.manifest["attempts"]
+    attempts[-1] |= {"seconds": timing["seconds"]} | ({"timing": dict(timing)} if timing["rows_computed"] else {})
+    latest = next((attempt["timing"] for attempt in reversed(attempts) if "timing" in attempt), timing)
+    write_report(results.files["jsonl"], {**record.manifest, "status": "finished", "counts": counts, "metrics": tally.metrics, "timing": latest})
     record.finish(counts)  # last: a run whose files could not be written is one to go on with
     print(summarise(results.name, counts, timing, results.cure) + f"\n  -> {results.files['jsonl']}", flush=True)
 

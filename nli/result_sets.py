@@ -21,7 +21,7 @@ from nli.checkpoints import describe_model, fingerprint_model, resolve_template
 from nli.errors import ConfigError, DataError, ModelError, ResumeError, StorageError
 from nli.model import check_base
 from nli.prompts import STUDENT_PROMPT_NAME, prompt_sha256
-from nli.runs import Run, is_in_use, read_manifest, start_run
+from nli.runs import Run, is_in_use, lock_output, read_manifest, start_run
 from nli.storage import resolve_input, resolve_output, sha256_file
 from nli.student import Target
 from nli.tokenization import check_prompt_ids
@@ -55,20 +55,25 @@ class ResultSet:
 def describe_models(config: "InferenceConfig") -> tuple[str, list[Model]]:
     """The base of a run and its models. Raises ModelError if one does not fit, ConfigError if two have one name, DataError if the template is none."""
     model = _local(config.model, config.storage_root)
-    base, adapter = describe_model(model, config.base_model)
+    base_model = _local(config.base_model, config.storage_root) if config.base_model else ""
+    base, adapter = describe_model(model, base_model)
     check_base(base)
     template_file = str(resolve_input(config.prompt_template, config.storage_root)) if config.prompt_template else ""
     models = [Model(_name(model), adapter, resolve_template(adapter or model, template_file))]
     for path in config.adapters:
         folder = _local(path, config.storage_root)
-        its_base, its_adapter = describe_model(folder, config.base_model or base)
+        its_base, its_adapter = describe_model(folder, base_model or base)
         if its_adapter is None:
             raise ModelError(f"{path}: a model of its own, not an adapter; give it as --model, in a run of its own.")
         if its_base != base and fingerprint_model(its_base) != fingerprint_model(base):
             raise ModelError(f"{path}: the adapter's base is {its_base}, not {base}; one pass has one base.")
         models.append(Model(_name(folder), its_adapter, resolve_template(its_adapter, template_file)))
     for each in models:
-        check_prompt_ids(base, each.adapter, each.template)
+        try:
+            check_prompt_ids(base, each.adapter, each.template)
+        except DataError as error:
+            cure = "Control tokens may stand at a prompt's two ends only, with no space after the last."
+            raise DataError(f"{template_file or f'the prompt of {each.name}'}: {error}. {cure}") from None
     names = [each.name for each in models]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise ConfigError(f"two of the models are called {repeated}, and so would their results be; rename a folder, or answer them in two runs.")
@@ -88,15 +93,17 @@ def open_results(config: "InferenceConfig", stack: contextlib.ExitStack, source:
         **asdict(config.decoding()),
         "num_samples": config.num_samples,
         "completion_length_column": config.completion_length_column,
+        "data": source.name,  # not its path or content: a file may move, and grow
     }
     folder = resolve_output(config.results_dir, config.storage_root)
     named = f"{config.run_name}-{name}" if config.run_name and num_models > 1 else config.run_name
     stem = named or find_interrupted(folder, identity, source) or name_results(name, config.precision, source)
     files = {kind: folder / f"{stem}.{kind}" for kind in ("jsonl", "csv", "json", "answers.sqlite", "manifest.json")}
+    lock = stack.enter_context(contextlib.closing(lock_output(files["manifest.json"])))  # of several that make the store at once, SQLite fails all but one
     store = stack.enter_context(contextlib.closing(AnswerStore(files["answers.sqlite"])))
     store.check()
     is_empty = store.count() == 0
-    record = start_run(files["manifest.json"], "inference", identity, config, [source], has_work=files["jsonl"].exists() or not is_empty)
+    record = start_run(files["manifest.json"], "inference", identity, config, [source], files["jsonl"].exists() or not is_empty, lock)
     stack.enter_context(_stopping_on_error(record))
     if is_empty and files["jsonl"].exists():
         store.read_in(files["jsonl"])

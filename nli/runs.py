@@ -61,16 +61,24 @@ class Run:
         write_atomic(self.path, json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
 
 
-def start_run(path: Path, stage: str, identity: Mapping, config: object, inputs: Iterable[Path] = (), has_work: bool | None = None) -> Run:
+def start_run(
+    path: Path,
+    stage: str,
+    identity: Mapping,
+    config: object,
+    inputs: Iterable[Path] = (),
+    has_work: bool | None = None,
+    lock: TextIO | None = None,
+) -> Run:
     """Open the manifest at `path` for a new attempt, after checking it against an earlier one's identity.
 
     `has_work` tells whether outputs are there that this attempt could mix with; None: a manifest tells. The output is this process's until the attempt
-    finishes or the process ends.
+    finishes or the process ends; `lock` is that of a caller who took it before.
     Raises ResumeError that shows each differing value; also for outputs without a manifest, and while another process works on them. Raises DataError for
     an input that is no file, StorageError where nothing can be written.
     """
     identity = json.loads(json.dumps(identity))
-    lock = lock_output(path)
+    lock = lock or lock_output(path)
     earlier = None if has_work is False else read_manifest(path)
     if has_work and earlier is None:
         raise ResumeError(f"{path}: missing, and the output that it belongs to is there: nobody knows how it was made. Choose another output, or move it away.")

@@ -115,7 +115,7 @@ class VLLMEngine:
             raise ModelError(f"{settings.base}: the model cannot be loaded ({_reason(error)}).") from None
         longest = getattr(config, "max_position_embeddings", USUAL_LENGTH)
         arguments = build_arguments(settings, shapes, longest, share_of_memory(settings.device))
-        self._longest = arguments["max_model_len"]
+        self._longest, self._longest_of_model = arguments["max_model_len"], longest
         self._batch_size = arguments["max_num_seqs"]
         register_classes(config.architectures or ())
         choose_start()
@@ -215,7 +215,10 @@ class VLLMEngine:
         return replace(written, text=render_completion(thought, int(probability > 0.5)), probability=shown, label_forced=True)
 
     def _too_long(self, prompt: list[int]) -> Generation:
-        return _failed(f"the prompt has {len(prompt)} tokens, which leaves no room for an answer within the engine's {self._longest}", len(prompt))
+        problem = f"the prompt has {len(prompt)} tokens, which leaves no room for an answer within the engine's {self._longest}"
+        if self._longest_of_model > self._longest:
+            problem += f"; engine transformers goes up to the model's {self._longest_of_model}"
+        return _failed(problem, len(prompt))
 
     async def _read_label(self, request: Request, ids: list[int], tokens: tuple[int, int]) -> float:
         """P(label 1) where the label's token follows `ids`, by the model's own log-probabilities of the two."""

@@ -503,6 +503,10 @@ def test_vllm_is_chosen_where_it_is_installed_and_the_device_is_a_gpu(monkeypatc
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: object())
     assert choose_engine("auto", "fp8", "cuda:0") == choose_engine("vllm", "nf4", "cuda:0") == "vllm"
     assert choose_engine("auto", "fp32", "cuda:0") == choose_engine("auto", "nf4", "cpu") == choose_engine("transformers", "nf4", "cuda:0") == "transformers"
+    assert choose_engine("auto", "nf4", "cuda:0", "fp32") == "transformers"
+    for name, precision in (("vllm", "nf4"), ("auto", "fp8")):
+        with pytest.raises(ModelError, match="vllm computes in bf16, not in fp32"):
+            choose_engine(name, precision, "cuda:0", "fp32")
     with pytest.raises(ModelError, match="needs a GPU"):
         choose_engine("vllm", "nf4", "cpu")
     with pytest.raises(ModelError, match="fp32 is for engine transformers"):

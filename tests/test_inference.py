@@ -34,6 +34,7 @@ from nli.inference import InferenceConfig
 from nli.records import row_key
 from nli.result_sets import describe_models, find_interrupted, open_results
 from nli.results import describe_figures
+from nli.runs import lock_output
 from nli.student import Student
 from nli.worklist import Worklist
 from tests.conftest import REPOSITORY, TINY_BASE
@@ -164,8 +165,11 @@ class TestWithRay:
 
     def test_a_second_run_asks_nothing_and_an_edited_label_or_row_costs_only_what_is_new(self, config, finished, asked):
         first = finished.read_bytes()
+        timing = json.loads(finished.with_suffix(".json").read_text())["timing"]
         assert inference.run(config).read_bytes() == first
         assert len(asked.lines()) == 150
+        again = json.loads(finished.with_suffix(".json").read_text())
+        assert again["timing"] == again["attempts"][0]["timing"] == timing and again["counts"]["rows_computed"] == 0
         source = Path(config.data)
         source.write_text(source.read_text().replace("pair 3,so it is,0", "pair 3,so it is,1").replace("pair 4,", "another 4,"))
         rows = check_complete(inference.run(config))
@@ -426,6 +430,44 @@ def test_a_run_without_a_name_goes_on_with_an_interrupted_one_of_the_same_kind(c
         again.record.finish({})
     with contextlib.ExitStack() as stack:
         assert open_run(stack).name == "new"
+
+
+def test_of_two_runs_of_one_name_that_start_at_once_the_second_is_told_of_the_first_before_it_opens_a_file(config):
+    base, (model,) = describe_models(config)
+    folder = Path(config.results_dir)
+    with contextlib.ExitStack() as stack:
+        with contextlib.closing(lock_output(folder / "run.manifest.json")):
+            with pytest.raises(ResumeError, match=f"process {os.getpid()} on .* is at work on run; wait for it"):
+                open_results(config, stack, Path(config.data), "transformers", base, model, 1)
+            assert not list(folder.glob("*.sqlite*"))
+        assert open_results(config, stack, Path(config.data), "transformers", base, model, 1).store.count() == 0
+
+
+def test_rows_of_another_file_are_refused_for_the_same_name(config, tmp_path):
+    base, (model,) = describe_models(config)
+    other = tmp_path / "dev.csv"
+    write_pairs(other)
+    with contextlib.ExitStack() as stack:
+        first = open_results(config, stack, Path(config.data), "transformers", base, model, 1)
+        first.store.put([("0:9c", False, "{}")])
+        first.record.finish({})
+        with pytest.raises(ResumeError, match=f"data: '{Path(config.data).name}' -> 'dev.csv'"):
+            open_results(config, stack, other, "transformers", base, model, 1)
+
+
+@pytest.mark.parametrize("template", ["[INST] P: {premise} H: {hypothesis}[/INST] ", "P: {premise} [INST] H: {hypothesis}"])
+def test_a_prompt_template_that_cannot_be_encoded_is_named(config, tmp_path, template):
+    file = tmp_path / "template.txt"
+    file.write_text(template)
+    with pytest.raises(DataError, match=rf"{file}: the text holds '\[INST\]'.* at a prompt's two ends only"):
+        describe_models(replace(config, prompt_template=str(file)))
+
+
+def test_a_base_below_the_storage_root_is_found_like_a_model(config, tmp_path):
+    shutil.copytree(TINY_BASE, tmp_path / "root" / "models" / "base")
+    make_adapter(tmp_path / "adapter")
+    base, _ = describe_models(replace(config, model=str(tmp_path / "adapter"), base_model="models/base", storage_root=str(tmp_path / "root")))
+    assert base == str(tmp_path / "root" / "models" / "base")
 
 
 def test_a_run_whose_files_cannot_all_be_written_is_not_finished(config, monkeypatch, tmp_path):

@@ -102,6 +102,16 @@ def test_a_labels_probability_is_a_second_request_that_ends_before_the_label(sta
     assert second.priority < first.priority
 
 
+@pytest.mark.parametrize("no_cot", [False, True])
+def test_a_prompt_longer_than_the_engine_s_room_but_not_than_the_model_s_is_told_what_takes_it(start, monkeypatch, no_cot):
+    long = Request(render_student_prompt("Two dogs ran. " * 60, "Animals moved."))
+    assert start(no_cot=no_cot).submit(long).result(10).problem == ""
+    monkeypatch.setattr("nli.vllm_setup.USUAL_LENGTH", 100)
+    monkeypatch.setattr("nli.vllm_setup.PROMPT_ROOM", 100)
+    problem = start(no_cot=no_cot).submit(long).result(10).problem
+    assert problem.endswith("no room for an answer within the engine's 164; engine transformers goes up to the model's 512")
+
+
 def test_logits_that_are_no_numbers_are_no_probability(start, standin):
     standin.logprobs = (math.nan, -1.0)
     answer = start().submit(Request(PROMPT)).result(10)
