@@ -39,7 +39,7 @@ from benchmarks.replies import count_fast, count_text_fast, key_of, load_exact_c
 
 HOST = "127.0.0.1"
 CHAT_PATH = "/v1/chat/completions"
-START_SECONDS = 30.0
+START_SECONDS = 120.0
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import re
 import socket
 import subprocess
@@ -15,19 +16,21 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-pytestmark = [pytest.mark.ray, pytest.mark.own_cluster]
+pytestmark = [pytest.mark.ray, pytest.mark.own_cluster, pytest.mark.timeout(2700)]
 
 BIN = Path(sys.executable).parent
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for opened in sockets:
-        opened.bind(("127.0.0.1", 0))
-    ports = [opened.getsockname()[1] for opened in sockets]
-    for opened in sockets:
-        opened.close()
-    return ports
+    """Ports that nobody takes by chance until the head binds them: above those of Ray's workers and below those that Linux gives to whoever asks for any."""
+    ports = []
+    for port in random.sample(range(20_000, 32_768), 1000):
+        with socket.socket() as opened, contextlib.suppress(OSError):
+            opened.bind(("127.0.0.1", port))
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise AssertionError("no free ports")
 
 
 class Head:
@@ -35,7 +38,7 @@ class Head:
 
     def __init__(self, folder: Path) -> None:
         gcs, dashboard, client, agent, agent_grpc = free_ports(5)
-        self.address = f"http://127.0.0.1:{dashboard}"
+        self.address, self.agent = f"http://127.0.0.1:{dashboard}", ("127.0.0.1", agent)
         # A job's `python` is the one on the head's path.
         path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
         self.environment = os.environ | {"PATH": path, "RAY_AUTH_MODE": "disabled", "MISTRAL_API_KEY": "test-key-of-no-account"}
@@ -54,12 +57,13 @@ class Head:
     def wait_until_ready(self) -> None:
         from ray.job_submission import JobSubmissionClient
 
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while True:
             try:
                 JobSubmissionClient(self.address).list_jobs()
+                socket.create_connection(self.agent, timeout=10).close()  # without it, a job is refused after ten seconds
                 return
-            except (ConnectionError, RuntimeError):
+            except (OSError, RuntimeError):
                 assert self.process.poll() is None and time.monotonic() < deadline, Path(self.log.name).read_text()
                 time.sleep(0.5)
 
@@ -100,12 +104,12 @@ def read_table(text: str) -> list[list[str]]:
 def test_a_submitted_pipeline_gives_the_table_of_a_local_one_below_an_absolute_storage_root(head, teacher_url, tmp_path):
     """The README's cluster commands: a relative output is refused, an absolute one holds the results, and the same files come of a run without a cluster."""
     small = ["--config", "configs/demo/small.py", "--base-url", teacher_url]
-    refused = head.submit("ray_jobs.pipeline", *small, timeout=120)
+    refused = head.submit("ray_jobs.pipeline", *small, timeout=400)
     assert refused.returncode != 0
     assert "a submitted job runs in a temporary copy of the folder" in refused.stdout + refused.stderr
 
     started = time.monotonic()
-    done = head.submit("ray_jobs.pipeline", *small, "--storage-root", str(tmp_path / "cluster"), timeout=400)
+    done = head.submit("ray_jobs.pipeline", *small, "--storage-root", str(tmp_path / "cluster"), timeout=900)
     seconds = time.monotonic() - started
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     submitted = read_table(done.stdout)
@@ -124,7 +128,7 @@ def test_a_submitted_pipeline_gives_the_table_of_a_local_one_below_an_absolute_s
         env=head.environment,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
         check=False,
     )
     assert local.returncode == 0, local.stdout[-4000:] + local.stderr[-4000:]

@@ -115,6 +115,6 @@ def test_no_thought_of_the_sample_teacher_is_flagged():
 def test_a_very_long_thought_takes_no_time():
     import time
 
-    started = time.perf_counter()
+    started = time.thread_time()
     assert betrays_label("the label is the answer so it was as if " * 20_000) is None
-    assert time.perf_counter() - started < 5
+    assert time.thread_time() - started < 5

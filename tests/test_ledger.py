@@ -240,15 +240,15 @@ def test_a_commit_that_took_longer_than_the_lease_kills_nobody_who_waited_for_it
 
 
 def test_a_long_wait_for_another_writer_kills_nobody_who_may_have_waited_too(tmp_path):
-    ours, other = Ledger(tmp_path, lease_seconds=0.5), Ledger(tmp_path, lease_seconds=0.5)
+    ours, other = Ledger(tmp_path, lease_seconds=1.5), Ledger(tmp_path, lease_seconds=1.5)
     other.commit([("a", [("claim", KEY, RUN, "retry", None)])])
     with ThreadPoolExecutor(1) as pool:
         with in_turn(other._turn):
             claiming = pool.submit(ours.commit, [("b", [("claim", KEY, RUN, "retry", None)])])
-            time.sleep(0.7)  # longer than the lease of "a", who cannot be heard of meanwhile
+            time.sleep(1.8)  # longer than the lease of "a", who cannot be heard of meanwhile
             assert not claiming.done()
-        assert claiming.result(5) == [[("wait",)]]
-    time.sleep(0.7)
+        assert claiming.result(60) == [[("wait",)]]
+    time.sleep(1.8)
     assert ours.commit([("b", [("claim", KEY, RUN, "retry", None)])]) == [[("go", 0)]]
     ours.close()
     other.close()
@@ -588,7 +588,7 @@ from nli.ledger import Ledger
 
 def make(barrier):
     for index in range(40):
-        barrier.wait(20)
+        barrier.wait(120)
         Ledger(Path(sys.argv[1]) / str(index)).close()
 
 context = multiprocessing.get_context("fork")
@@ -600,7 +600,7 @@ for process in processes:
     process.join()
 sys.exit(any(process.exitcode for process in processes))
 """
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-500:]
 
 
@@ -622,7 +622,7 @@ print(sent)
         subprocess.Popen([sys.executable, "-c", script, str(tmp_path), name], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for name in "ab"
     ]
-    results = [worker.communicate(timeout=60) for worker in workers]
+    results = [worker.communicate(timeout=300) for worker in workers]
     assert [errors for _, errors in results] == ["", ""]
     reader = LedgerReader(tmp_path)
     assert sum(int(output) for output, _ in results) == 300

@@ -87,7 +87,7 @@ def test_the_job_reports_and_starts_and_writes_nothing(good):
     path.write_text(f"from nli.sft import TrainConfig\n\nconfig = TrainConfig(**{config_of(good).__dict__!r})\n")
     environment = os.environ | {"RAY_ADDRESS": "127.0.0.1:1"}
     command = [sys.executable, "-m", "ray_jobs.train_sft", "--config", str(path), "--preflight"]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "rows      train 40, dev 8; over max_length 512 and refused: 0"

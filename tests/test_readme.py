@@ -72,7 +72,7 @@ def test_the_commands_for_the_other_ablations_run_as_written(tmp_path):
         (tmp_path / f"data/original_thoughts/{split}.jsonl").write_text(json.dumps(answer) + "\n")
     block = next(block for kind, what, block in BLOCKS if what == "tests/test_readme.py")
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(["bash", "-euc", block], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(["bash", "-euc", block], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "data/finetune").glob("*.jsonl")) == [
         "correct_only_dev.jsonl",

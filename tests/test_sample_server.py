@@ -224,14 +224,14 @@ def test_the_command_line_names_its_port_in_a_file(tmp_path):
     port_file = tmp_path / "port"
     process = subprocess.Popen([sys.executable, "-m", "nli.sample.server", "--port-file", str(port_file)], stdout=subprocess.PIPE, text=True)
     try:
-        for _ in range(100):
-            if port_file.exists():
-                break
+        deadline = time.monotonic() + 120
+        while not port_file.exists():
+            assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         url = f"http://127.0.0.1:{port_file.read_text().strip()}"
         assert re.search(re.escape(url), process.stdout.readline())
         assert _post(f"{url}/v1/chat/completions", {"model": MODEL, "messages": _messages("A.", "B.")})[0] == 200
     finally:
         process.terminate()
-        process.wait(timeout=10)
+        process.wait(timeout=60)
         process.stdout.close()

@@ -174,8 +174,8 @@ def test_a_call_that_cannot_succeed_is_not_tried_again(ask_one, waits):
 
 
 def test_a_server_that_never_answers_is_a_row_with_its_reason(ask_one, waits):
-    outcome, server = ask_one(Answer(delay_seconds=5), timeout_seconds=0.1, max_attempts=2)
-    assert (outcome.status, outcome.problem, len(server.calls)) == ("request_failed", "no answer within 0.1 s", 2)
+    outcome, server = ask_one(Answer(delay_seconds=9), timeout_seconds=0.5, max_attempts=2)
+    assert (outcome.status, outcome.problem, len(server.calls)) == ("request_failed", "no answer within 0.5 s", 2)
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
@@ -237,7 +237,7 @@ def test_a_reply_cut_by_the_token_limit_is_truncated(ask_one, waits):
 
 def test_outcomes_come_in_the_rows_order_and_no_more_calls_are_under_way_than_allowed(ask, waits):
     rows = many(12)
-    slow_first = [Answer(text=GOOD, delay_seconds=0.2)] + [Answer(text=GOOD, delay_seconds=0.02)] * 11
+    slow_first = [Answer(text=GOOD, delay_seconds=0.5)] + [Answer(text=GOOD, delay_seconds=0.1)] * 11
     outcomes, server = ask(*slow_first, rows=rows, max_in_flight=3)
     assert [outcome.status for outcome in outcomes] == ["ok"] * 12
     assert server.most_in_flight == 3
@@ -362,7 +362,7 @@ def test_a_reply_and_the_next_claim_travel_together_and_no_call_goes_out_before_
             return await commits.post(owner, operations)
 
         config = TeacherConfig(base_url=server.base_url, max_in_flight=1)
-        teacher = Teacher(config, PROMPT, KEY, RUN, LedgerClient(post, "worker", 0.05), LimiterClient(None, "worker", config.limits()))
+        teacher = Teacher(config, PROMPT, KEY, RUN, LedgerClient(post, "worker", 0.25), LimiterClient(None, "worker", config.limits()))
         await teacher.ask_all(many(3))
         await teacher.close()
         ledger.close()
@@ -420,10 +420,11 @@ def test_a_run_that_ended_before_its_repair_asks_for_the_repair_alone(ask):
 
 
 @pytest.mark.parametrize(
-    ("broken", "kind"), [(Answer(hang_up=True), "reset"), (Answer(body="not JSON"), "no_completion"), (Answer(delay_seconds=9), "timeout")]
+    ("broken", "kind", "timeout_seconds"),
+    [(Answer(hang_up=True), "reset", 30.0), (Answer(body="not JSON"), "no_completion", 30.0), (Answer(delay_seconds=9), "timeout", 0.5)],
 )
-def test_a_call_without_answer_is_ambiguous_and_asked_again_or_held_as_the_config_says(ask, waits, folder, broken, kind):
-    held, server = ask(broken, timeout_seconds=0.2, ambiguous="hold", max_cost=1.0)
+def test_a_call_without_answer_is_ambiguous_and_asked_again_or_held_as_the_config_says(ask, waits, folder, broken, kind, timeout_seconds):
+    held, server = ask(broken, timeout_seconds=timeout_seconds, ambiguous="hold", max_cost=1.0)
     assert (held[0].status, len(server.calls), server.states, server.totals.ambiguous_sends) == ("request_failed", 1, {"ambiguous": 1}, 1)
     assert server.totals.held > 0 and server.totals.cost == server.totals.reserved == 0
     again, server = ask(Answer(text=GOOD), ambiguous="hold", max_cost=1.0)
@@ -527,6 +528,9 @@ def test_a_run_that_is_halted_from_outside_ends_workers_that_wait_for_the_limite
         config = TeacherConfig(base_url=server.base_url, requests_per_minute=1)
         teacher = Teacher(config, PROMPT, KEY, RUN, LedgerClient(GroupCommit(ledger).post, "worker"), LimiterClient(None, "worker", config.limits()))
         asking = asyncio.ensure_future(teacher.ask_all(many(8)))
+        async with asyncio.timeout(60):
+            while not server.calls:
+                await asyncio.sleep(0.02)
         await asyncio.sleep(0.5)
         ledger.commit([("driver", [("halt", RUN, "stopped from outside")])])
         with pytest.raises(TeacherError, match="^stopped from outside$"):

@@ -49,7 +49,7 @@ class AsyncLLM(vllm_standin.AsyncLLM):
         super().__init__(arguments)
         self.core = multiprocessing.get_context("fork").Process(target=serve, daemon=True)
         self.core.start()
-        subprocess.Popen(["sleep", "20"], close_fds=False, stdout=subprocess.DEVNULL)  # a helper that outlives this process
+        subprocess.Popen(["sleep", "90"], close_fds=False, stdout=subprocess.DEVNULL)  # a helper that outlives this process
 
     async def generate(self, prompt, parameters, request_id, **options):
         self.hold = len(prompt["prompt_token_ids"]) == {held}
@@ -101,7 +101,7 @@ def is_running(process: int) -> bool:
         return False
 
 
-def wait_for_end(process: int, seconds: float = 10.0) -> bool:
+def wait_for_end(process: int, seconds: float = 30.0) -> bool:
     deadline = time.monotonic() + seconds
     while is_running(process) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -123,7 +123,7 @@ def test_answers_figures_and_a_quiet_end(start, capfd):
         thread.start()
     for thread in threads:
         thread.join()
-    assert [answer.result(20).text for answer in answers] == [ANSWER] * 200
+    assert [answer.result(60).text for answer in answers] == [ANSWER] * 200
 
     figures = engine.figures()
     assert (figures["compile_seconds"], figures["peak_memory_gb"], figures["batch_size"]) == (18.2, 71.3, 2048)
@@ -133,7 +133,7 @@ def test_answers_figures_and_a_quiet_end(start, capfd):
     time.sleep(0.2)
     started = time.monotonic()
     engine.close()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 12  # what hangs is killed after fifteen
     assert held.cancelled() and wait_for_end(core)
     with pytest.raises(EngineDead, match="closed"):
         engine.submit(Request(PROMPT))
@@ -148,7 +148,7 @@ def test_a_killed_process_is_raised_out_of_every_answer_and_takes_its_engine_alo
     os.kill(engine._process.pid, signal.SIGKILL)
     for future in waiting:
         with pytest.raises(EngineDead, match="killed by SIGKILL"):
-            future.result(10)
+            future.result(60)
     with pytest.raises(EngineDead, match="killed by SIGKILL"):
         engine.submit(Request(PROMPT))
     assert wait_for_end(core)
@@ -211,5 +211,5 @@ time.sleep(60)
     process.kill()
     killed = time.monotonic()
     process.stdout.read()  # the other processes hold the pipe too, until they end
-    assert time.monotonic() - killed < 10
+    assert time.monotonic() - killed < 30  # they would sleep for sixty
     process.wait()
