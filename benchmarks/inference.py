@@ -29,13 +29,14 @@ from benchmarks.inference_runs import Board
 from benchmarks.inference_workload import ROWS, write_workload
 
 BUDGET_SECONDS = 590.0
+ARMS = "of compare: bare-vllm, job, transformers or original, with bf16, fp8, nf4 or fp32; with -kv_fp8 after it, the KV cache in fp8"
 ENGINES = ["vllm:bf16", "transformers:bf16", "transformers:bf16:7:reversed", "transformers:fp32", "transformers:fp32:7:reversed"]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("model", "compare", "table", "scaling", "adapters", "agree", "memory"))
-    parser.add_argument("arms", nargs="*", metavar="ARM:PRECISION", help="of compare: bare-vllm, job, transformers or original, with bf16, fp8, nf4 or fp32")
+    parser.add_argument("arms", nargs="*", metavar="ARM:PRECISION", help=ARMS)
     parser.add_argument("--folder", type=Path, default=None, help="default: /tmp/nli-inference/SHAPE")
     parser.add_argument("--shape", choices=("7b", "tiny"), default="7b")
     parser.add_argument("--rows", type=int, default=0, help="rows of the workload; default 1,977, of scaling 12,000")

@@ -34,12 +34,14 @@ def run_bare_vllm(arguments: argparse.Namespace) -> dict:
     from benchmarks.inference_workload import read_workload
 
     imported = time.monotonic()
-    quantization = {"bf16": None, "fp8": "fp8", "nf4": "bitsandbytes"}[arguments.precision]
+    weights, _, cache = arguments.precision.partition("-kv_")
+    quantization = {"bf16": None, "fp8": "fp8", "nf4": "bitsandbytes"}[weights]
     llm = LLM(
         model=arguments.model,
         tokenizer_mode="hf",
         dtype="bfloat16",
         quantization=quantization,
+        kv_cache_dtype=cache or "auto",
         max_model_len=1024,
         max_num_seqs=1024,
         gpu_memory_utilization=0.9,

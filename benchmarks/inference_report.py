@@ -18,6 +18,7 @@ COLUMNS = {
     "tokens_per_second": "output tokens/s",
     "peak_gpu_gb": "peak GPU, GiB",
 }
+PRECISIONS = ("bf16", "fp8", "nf4", "bf16-kv_fp8", "fp8-kv_fp8", "nf4-kv_fp8")
 
 
 def render_table(results: Sequence[Mapping]) -> str:
@@ -50,14 +51,14 @@ def find_newest(results: Sequence[Mapping], arm: str, precision: str) -> Mapping
 def find_ratios(results: Sequence[Mapping]) -> dict[str, float]:
     """What the newest results of each arm show, as far as both sides are there."""
     ratios = {}
-    for precision in ("bf16", "fp8", "nf4"):
+    for precision in PRECISIONS:
         job, bare = find_newest(results, "job", precision), find_newest(results, "bare-vllm", precision)
         if job and bare:
             ratios[f"job rows ÷ bare rows, {precision}"] = round(job["rows_seconds"] / bare["rows_seconds"], 3)
             ratios[f"job whole − bare load and rows, {precision}, s"] = round(job["wall_seconds"] - bare["load_seconds"] - bare["rows_seconds"], 1)
     original = find_newest(results, "original", "nf4")
     for arm in ("job", "transformers"):
-        for precision in ("bf16", "fp8", "nf4"):
+        for precision in PRECISIONS:
             found = find_newest(results, arm, precision)
             if original and found:
                 ratios[f"{arm} rows/s ÷ original rows/s, {precision}"] = round(found["rows_per_second"] / original["rows_per_second"], 1)

@@ -94,7 +94,9 @@ class Board:
         """`python -m ray_jobs.run_inference` as a user types it. `named` replaces model and data; results lie in the result's "folder"."""
         results = self.folder / "results" / f"{arm}-{precision}-{time.time_ns()}"
         command = [sys.executable, "-m", "ray_jobs.run_inference", "--model", named.get("model", self.base), "--data", named.get("data", self.data)]
-        command += ["--results-dir", results, "--precision", precision, *(["--completion-length-column", "num_tokens"] if forced else []), *options]
+        weights, _, cache = precision.partition("-kv_")
+        settings = ["--precision", weights, *(["--kv-cache-dtype", cache] if cache else [])]
+        command += ["--results-dir", results, *settings, *(["--completion-length-column", "num_tokens"] if forced else []), *options]
         done = self.run_process(f"{arm} {precision}", command, limit_seconds)
         result = {"arm": arm, "precision": precision, "wall_seconds": done["wall_seconds"], "peak_gpu_gb": done["peak_gpu_gb"], "folder": str(results)}
         files = sorted(path for path in results.glob("*.json") if not path.name.endswith(".manifest.json"))

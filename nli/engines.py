@@ -19,6 +19,7 @@ from nli.errors import ModelError
 
 Precision = Literal["nf4", "bf16", "fp8", "fp32"]
 EngineName = Literal["auto", "vllm", "transformers"]
+CacheType = Literal["bf16", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class EngineSettings:
     """most rows at once; 0: the engine's own choice"""
     device: str
     """the device's name for torch: "cuda:0" or "cpu", among others"""
+    kv_cache_dtype: CacheType = "bf16"
+    """of keys and values, and in fp8 of attention's products with them; fp8 is for vLLM only, whose scales for it are 1"""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class Engine(Protocol):
         ...
 
 
-def choose_engine(name: EngineName, precision: Precision, device: str, compute_dtype: str = "bf16") -> str:
+def choose_engine(name: EngineName, precision: Precision, device: str, compute_dtype: str = "bf16", kv_cache_dtype: CacheType = "bf16") -> str:
     """Resolve "auto" to "vllm" or "transformers" and refuse, by ModelError, what cannot work.
 
     "auto" takes vLLM where it is installed, the device is a GPU and nothing is to be computed in fp32.
@@ -124,6 +127,8 @@ def choose_engine(name: EngineName, precision: Precision, device: str, compute_d
         raise ModelError(f"Engine vllm computes in bf16, not in {compute_dtype}. Give compute_dtype bf16, or take engine transformers.")
     if name == "transformers" and precision == "fp8":
         raise ModelError("The precision fp8 needs engine vllm, on a GPU. Take nf4 or bf16 with engine transformers.")
+    if name == "transformers" and kv_cache_dtype != "bf16":
+        raise ModelError(f"A KV cache in {kv_cache_dtype} needs engine vllm, on a GPU. Leave kv_cache_dtype at bf16 with engine transformers.")
     return name
 
 

@@ -26,7 +26,7 @@ from nli.answer_store import AnswerStore
 from nli.cluster import check_gpu_choice, check_workers_fit, connected, finds_cluster, progress_bar, spread
 from nli.config import Count, CountOrZero, NonNegative, config_class
 from nli.desk import ask_now, start_desk
-from nli.engines import Decoding, EngineName, EngineSettings, Precision, build_engine, choose_engine
+from nli.engines import CacheType, Decoding, EngineName, EngineSettings, Precision, build_engine, choose_engine
 from nli.errors import ClusterError, ConfigError
 from nli.examples import iterate_examples
 from nli.records import row_key
@@ -60,6 +60,8 @@ class InferenceConfig:
     """of the base's weights; fp8 in vllm only, fp32 in transformers only"""
     compute_dtype: Literal["bf16", "fp32"] = "bf16"
     """type that matrix products run in where the weights are nf4"""
+    kv_cache_dtype: CacheType = "bf16"
+    """of the cache of keys and values; fp8 in vllm only: half the memory of a row, and other answers"""
     batch_size: CountOrZero = 0
     """rows that an engine works on at once; 0: its own choice"""
     max_new_tokens: Count = 512
@@ -106,10 +108,16 @@ class InferenceConfig:
             raise ConfigError("no_cot lets nothing be written: leave num_samples, temperature, force_label and completion_length_column as they are.")
         if (self.precision, self.engine) in (("fp8", "transformers"), ("fp32", "vllm")):
             raise ConfigError(f"precision {self.precision} is not for engine {self.engine}.")
+        if (self.kv_cache_dtype, self.engine) == ("fp8", "transformers"):
+            raise ConfigError("kv_cache_dtype fp8 is not for engine transformers.")
         if self.gpu is not None and (self.use_gpu is False or self.num_workers > 1 or self.max_workers > 1):
             raise ConfigError("gpu picks one GPU of this machine, for one worker: leave use_gpu, num_workers and max_workers as they are.")
         if self.max_workers and self.max_workers < self.num_workers:
             raise ConfigError(f"max_workers {self.max_workers} is below num_workers {self.num_workers}.")
+
+    def named_precision(self) -> str:
+        """What results are told apart by: "nf4", or "nf4-kv_fp8" where the KV cache is not bf16."""
+        return self.precision if self.kv_cache_dtype == "bf16" else f"{self.precision}-kv_{self.kv_cache_dtype}"
 
     def decoding(self) -> Decoding:
         """How the engine writes answers."""
@@ -134,7 +142,7 @@ def run(config: InferenceConfig) -> Path:
         if finds_cluster():
             stack.enter_context(connected(config.gpu))
         device = "cuda:0" if (has_gpus() if config.use_gpu is None else config.use_gpu) else "cpu"
-        engine = choose_engine(config.engine, config.precision, device, config.compute_dtype)
+        engine = choose_engine(config.engine, config.precision, device, config.compute_dtype, config.kv_cache_dtype)
         sets = [open_results(config, stack, source, engine, base, model, len(models)) for model in models]
         rows = f"{num_rows} {'labelled' if True in labelled else 'unlabelled'} rows"
         for index, each in enumerate(sets):
@@ -151,6 +159,7 @@ def run(config: InferenceConfig) -> Path:
                 decoding=config.decoding(),
                 batch_size=config.batch_size,
                 device=device,
+                kv_cache_dtype=config.kv_cache_dtype,
             )
             figures = answer(config, engine, settings, sets, worklist)
         for index, each in enumerate(sets):
@@ -182,7 +191,8 @@ def answer(config: InferenceConfig, engine: str, settings: EngineSettings, sets:
     spare = max(num_workers, config.max_workers) * (TICKETS_AT_ONCE + 2)
     tickets = [{"num_rows": size}] * (-(-num_pending // size) + spare)
     asking = Asking(tuple(each.target for each in sets), config.num_samples, config.completion_length_column)
-    print(f"inference: engine {engine}, {config.precision}, {num_workers} {'worker' if num_workers == 1 else 'workers'} on {settings.device}", flush=True)
+    workers = f"{num_workers} {'worker' if num_workers == 1 else 'workers'}"
+    print(f"inference: engine {engine}, {config.named_precision()}, {workers} on {settings.device}", flush=True)
     batches = spread(
         tickets,
         Student,

@@ -86,7 +86,7 @@ def open_results(config: "InferenceConfig", stack: contextlib.ExitStack, source:
     identity = {
         "base": fingerprint_model(base),
         "adapter": sha256_file(find_weights(Path(adapter))) if adapter else None,
-        "precision": config.precision,
+        "precision": config.named_precision(),
         "compute_dtype": config.compute_dtype,
         "engine": engine,
         "prompt_sha256": prompt_sha256(template),
@@ -97,7 +97,7 @@ def open_results(config: "InferenceConfig", stack: contextlib.ExitStack, source:
     }
     folder = resolve_output(config.results_dir, config.storage_root)
     named = f"{config.run_name}-{name}" if config.run_name and num_models > 1 else config.run_name
-    stem = named or find_interrupted(folder, identity, source) or name_results(name, config.precision, source)
+    stem = named or find_interrupted(folder, identity, source) or name_results(name, config.named_precision(), source)
     files = {kind: folder / f"{stem}.{kind}" for kind in ("jsonl", "csv", "json", "answers.sqlite", "manifest.json")}
     lock = stack.enter_context(contextlib.closing(lock_output(files["manifest.json"])))  # of several that make the store at once, SQLite fails all but one
     store = stack.enter_context(contextlib.closing(AnswerStore(files["answers.sqlite"])))
@@ -111,7 +111,7 @@ def open_results(config: "InferenceConfig", stack: contextlib.ExitStack, source:
         "answered_by": name,
         "prompt_name": STUDENT_PROMPT_NAME,
         "prompt_sha256": identity["prompt_sha256"],
-        "precision": config.precision,
+        "precision": config.named_precision(),
         "engine": engine,
     }
     cure = "the same command asks them again" if config.run_name else f"--run-name {stem} asks them again"

@@ -107,6 +107,7 @@ def build_arguments(settings: EngineSettings, adapters: Sequence[AdapterShape], 
         "generation_config": "vllm",  # no sampling parameters or stop tokens from the model's folder: a request has all of them
         "dtype": "bfloat16",
         "quantization": QUANTIZATION[settings.precision],
+        "kv_cache_dtype": "auto" if settings.kv_cache_dtype == "bf16" else settings.kv_cache_dtype,
         "max_model_len": length,
         "max_num_seqs": rows,
         "max_num_batched_tokens": max(rows, min(MOST_TOKENS, rows * length)),

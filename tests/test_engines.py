@@ -502,6 +502,9 @@ def test_vllm_is_chosen_where_it_is_installed_and_the_device_is_a_gpu(monkeypatc
         choose_engine("vllm", "bf16", "cuda:0")
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: object())
     assert choose_engine("auto", "fp8", "cuda:0") == choose_engine("vllm", "nf4", "cuda:0") == "vllm"
+    assert choose_engine("auto", "nf4", "cuda:0", kv_cache_dtype="fp8") == "vllm"
+    with pytest.raises(ModelError, match="KV cache in fp8 needs engine vllm"):
+        choose_engine("auto", "nf4", "cpu", kv_cache_dtype="fp8")
     assert choose_engine("auto", "fp32", "cuda:0") == choose_engine("auto", "nf4", "cpu") == choose_engine("transformers", "nf4", "cuda:0") == "transformers"
     assert choose_engine("auto", "nf4", "cuda:0", "fp32") == "transformers"
     for name, precision in (("vllm", "nf4"), ("auto", "fp8")):

@@ -344,6 +344,7 @@ CONFLICTS = {
     "no thought, but a forced label": ({"no_cot": True, "force_label": True}, "no_cot lets nothing be written"),
     "fp8 without vllm": ({"precision": "fp8", "engine": "transformers"}, "precision fp8 is not for engine transformers"),
     "fp32 with vllm": ({"precision": "fp32", "engine": "vllm"}, "precision fp32 is not for engine vllm"),
+    "a KV cache in fp8 without vllm": ({"kv_cache_dtype": "fp8", "engine": "transformers"}, "kv_cache_dtype fp8 is not for engine transformers"),
     "no model": ({"model": ""}, "model or one of the adapters is empty"),
     "no adapter": ({"adapters": ("models/a", "")}, "model or one of the adapters is empty"),
     "a name with a folder": ({"run_name": "a/b"}, "run_name 'a/b' is no file name; name the folder by results_dir"),
@@ -403,6 +404,14 @@ def test_what_ends_a_run_is_told_though_the_manifest_cannot_be_written_any_more(
         fail()
     with contextlib.ExitStack() as stack:
         assert open_run(stack).name == "run"  # it is let go
+
+
+def test_the_type_of_the_kv_cache_is_part_of_a_results_name(config):
+    config = replace(config, run_name="", kv_cache_dtype="fp8")
+    base, (model,) = describe_models(config)
+    with contextlib.ExitStack() as stack:
+        results = open_results(config, stack, Path(config.data), "vllm", base, model, 1)
+        assert "-nf4-kv_fp8-pairs-" in results.name and results.target.frame["precision"] == "nf4-kv_fp8"
 
 
 def test_a_run_without_a_name_goes_on_with_an_interrupted_one_of_the_same_kind(config, monkeypatch):

@@ -266,6 +266,8 @@ def test_arguments_follow_the_settings():
     small = build_arguments(replace(SETTINGS, batch_size=2, precision="nf4", device="cuda:1"), [AdapterShape(64, ("q_proj",))], 512, 0.5)
     assert (small["max_num_seqs"], small["max_num_batched_tokens"], small["max_model_len"]) == (2, 1024, 512)
     assert (small["quantization"], small["device_ids"], small["max_lora_rank"]) == ("bitsandbytes", [1], 64)
+    assert arguments["kv_cache_dtype"] == "auto"  # the model's own, which is bf16
+    assert build_arguments(replace(SETTINGS, kv_cache_dtype="fp8"), [], 512, 0.9)["kv_cache_dtype"] == "fp8"
     assert arguments["compilation_config"] == {"mode": "none", "cudagraph_mode": "full_decode_only"}
     with pytest.raises(ModelError, match="fp32"):
         build_arguments(replace(SETTINGS, precision="fp32"), [], 512, 0.9)

@@ -30,6 +30,7 @@ ARGUMENTS = {
         "max_model_len",
         "max_num_seqs",
         "max_num_batched_tokens",
+        "kv_cache_dtype",
     ),
     *("cudagraph_capture_sizes", "gpu_memory_utilization", "enable_prefix_caching", "scheduling_policy", "distributed_executor_backend"),
     *("compilation_config", "worker_extension_cls", "disable_log_stats", "enable_log_requests", "use_tqdm_on_load", "device_ids"),
