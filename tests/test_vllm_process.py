@@ -108,6 +108,15 @@ def wait_for_end(process: int, seconds: float = 30.0) -> bool:
     return not is_running(process)
 
 
+def test_progress_bars_of_vllm_stay_out_of_the_log_unless_the_user_wants_them(start, monkeypatch):
+    def read_setting(engine: VLLMProcess) -> str:
+        return psutil.Process(engine._process.pid).environ()["TQDM_DISABLE"]
+
+    assert read_setting(start()[0]) == "1"
+    monkeypatch.setenv("TQDM_DISABLE", "0")
+    assert read_setting(start()[0]) == "0"
+
+
 def test_answers_figures_and_a_quiet_end(start, capfd):
     engine, core = start()
     capfd.readouterr()
