@@ -1,6 +1,10 @@
 """One Ray for all tests that need it, one sample teacher, and small inputs."""
 
 import os
+import subprocess
+import tempfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,34 @@ for name in ("RAY_ADDRESS", "NLI_STORAGE_ROOT", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY_BASE = str(REPOSITORY / "data/sample/tiny-mistral")
+
+
+def run_timed(command: list[str], enough: float, tries: int = 3, limit: float = 60) -> tuple[subprocess.CompletedProcess, float]:
+    """The quickest of some runs of a command, and its seconds; one that takes less than `enough` is the last.
+
+    What else the machine does is not the command's fault: the time in which it could have run and others had the CPU does not count.
+    """
+    runs: list[tuple[float, subprocess.CompletedProcess]] = []
+    while len(runs) < tries and min((seconds for seconds, _ in runs), default=enough) >= enough:
+        with tempfile.TemporaryFile("w+") as shown, tempfile.TemporaryFile("w+") as errors:
+            started = time.perf_counter()
+            process = subprocess.Popen(command, cwd=REPOSITORY, stdout=shown, stderr=errors, text=True)
+            killer = threading.Timer(limit, process.kill)
+            killer.start()
+            schedule = Path(f"/proc/{process.pid}/schedstat")  # ns on a CPU, ns of waiting for one, time slices; there until it is reaped
+            if schedule.exists():
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+                waited = int(schedule.read_text().split()[1]) / 1e9
+            else:
+                process.wait()
+                waited = 0.0
+            seconds = time.perf_counter() - started - waited
+            killer.cancel()
+            process.wait()
+            shown.seek(0), errors.seek(0)
+            runs.append((seconds, subprocess.CompletedProcess(command, process.returncode, shown.read(), errors.read())))
+    seconds, done = min(runs, key=lambda run: run[0])
+    return done, seconds
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
