@@ -9,13 +9,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from nli.answer_store import AnswerStore
 from nli.answers import derive_seed, to_answer, to_failed, vote
-from nli.desk import Desk, ask
+from nli.desk import Desk, ask, list_ended
 from nli.engines import Generation
 from nli.errors import DataError, StorageError
 from nli.leases import COHORTS, FIRST_ROWS, MOST_EXCUSED, MOST_STARTS, Leases
@@ -446,6 +448,17 @@ def open_desk(store, tmp_path):
         yield lambda: Desk(str(worklist.path), [str(store.path)], most_held=3, started_at=store.started_at, frames=[FRAME])
 
 
+async def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until, f"waited {seconds:.0f} s in vain"
+        await asyncio.sleep(0.01)
+
+
+async def wait_for_deaths(desk: Desk, number: int) -> None:
+    await wait_until(lambda: desk._leases.num_deaths >= number)
+
+
 def post(work, failed=False):
     return [(item.number, item.target, item.key, failed, 5, json.dumps({"num_completion_tokens": 5})) for item in work]
 
@@ -462,7 +475,7 @@ def test_a_worker_waits_for_the_last_rows_of_others_and_takes_them_when_their_ma
         await desk.put("a", post(mine), {})
         assert await desk.take("a", 3, "a1", 0) == []
         machines.remove("there")
-        await asyncio.sleep(0.2)
+        await wait_for_deaths(desk, 1)
         assert await desk.take("b", 3, "b1", 0) == []  # whatever is left of it
         again = await desk.take("a", 3, "a1", 0)
         assert again == others
@@ -495,18 +508,23 @@ def test_a_worker_without_an_engine_waits_for_the_others_and_speaks_up_where_the
 
 
 def test_rows_of_a_process_that_ended_are_for_others_though_it_finds_no_place_to_start_again(open_desk, monkeypatch):
-    ended = []
+    ended, looks = [], []
+
+    def look(workers) -> list[str]:
+        looks.extend(workers)
+        return [worker for worker in workers if worker in ended]
+
     monkeypatch.setattr("nli.desk.LOOK_SECONDS", 0.02)
-    monkeypatch.setattr("nli.desk.list_ended", lambda workers: [worker for worker in workers if worker in ended])
+    monkeypatch.setattr("nli.desk.list_ended", look)
 
     async def run() -> None:
         desk = open_desk()
         mine, others = await desk.take("a", 3, "a1", 0), await desk.take("b", 3, "b1", 0)
         await desk.put("a", post(mine), {})
-        await asyncio.sleep(0.1)
+        await wait_until(lambda: looks.count("b") > 1)
         assert await desk.take("a", 3, "a1", 0) == []  # b is silent, and at work
         ended.append("b")
-        await asyncio.sleep(0.1)
+        await wait_for_deaths(desk, 1)
         again = []
         while work := await desk.take("a", 3, "a1", 0):  # they are suspects now
             again += work
@@ -546,22 +564,26 @@ def test_a_desk_that_follows_a_dead_one_counts_on_and_counts_a_row_once(open_des
 
 
 def test_a_run_without_any_worker_or_without_progress_says_so(open_desk, monkeypatch, capsys):
+    looks, shown = [], []
     monkeypatch.setattr("nli.desk.LOOK_SECONDS", 0.01)
     monkeypatch.setattr("nli.desk.IDLE_SECONDS", 0.1)
+    monkeypatch.setattr("nli.desk.list_ended", lambda workers: looks.append(time.monotonic()) or list_ended(workers))
+
+    def is_shown(text: str) -> bool:
+        shown.append(capsys.readouterr().out)
+        return text in "".join(shown)
 
     async def run() -> None:
         desk = open_desk()
         await desk.describe()
-        await asyncio.sleep(0.3)
-        assert "inference: no worker: the cluster has no place for one. Add a machine, or stop" in capsys.readouterr().out
+        await wait_until(lambda: is_shown("inference: no worker: the cluster has no place for one. Add a machine, or stop"))
         await desk.begin("a", "/logs/a.err on here", "a1")
-        await asyncio.sleep(0.1)
         capsys.readouterr()
-        await asyncio.sleep(0.3)
+        begun = time.monotonic()
+        await wait_until(lambda: looks[-2] > begun + 0.3)  # so that the one before has said what it had to
         assert capsys.readouterr().out == ""
         monkeypatch.setattr("nli.desk.STALLED_SECONDS", 0.1)
-        await asyncio.sleep(0.2)
-        assert "inference: no row has ended for 0 minutes. What the workers say: /logs/a.err on here\n" in capsys.readouterr().out
+        await wait_until(lambda: is_shown("inference: no row has ended for 0 minutes. What the workers say: /logs/a.err on here\n"))
 
     asyncio.run(run())
 
