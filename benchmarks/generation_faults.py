@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ("driver", "worker", "limiter", "ledger", "node")
 TITLES = {"worker": "ray::MapWorker", "limiter": "ray::LimiterService", "ledger": "ray::LedgerService"}
 FAULTS = {"rate": 0.12, "attempts": 2, "content_rate": 0.05, "late_seconds": 4.0, "drip_seconds": 0.5}
-RUN_SECONDS = 180.0
+RUN_SECONDS = 600.0
 MOST_RUNS = 6
 
 
