@@ -296,7 +296,7 @@ def test_a_label_for_which_there_is_no_room_beside_a_row_is_read_when_that_has_e
 
     monkeypatch.setattr(engine.model, "forward", forward_of_one)
     futures = [engine.submit(request) for request in requests[:4]]
-    assert [future.result(timeout=20).label_forced for future in futures] == [True] * 4
+    assert [future.result(timeout=60).label_forced for future in futures] == [True] * 4
 
 
 def test_no_more_labels_are_read_at_once_than_the_batch_has_rows(build, requests, monkeypatch):
@@ -319,7 +319,7 @@ def test_a_group_with_a_row_that_breaks_is_tried_before_new_rows_come_in(build, 
 
     monkeypatch.setattr(engine.model, "forward", forward_that_breaks)
     first = engine.submit(Request(requests[0].prompt, num_tokens=30))
-    while not engine.active:
+    while not (engine.active or first.done()):
         pass
     futures = [engine.submit(request) for request in (Request(render_student_prompt("dog " * 100, "cats.")), *requests[2:])]
     for index, future in enumerate(futures, 1):
@@ -479,9 +479,9 @@ def test_what_ends_the_engine_is_raised_out_of_every_future(build, requests, mon
     futures = [engine.submit(request) for request in requests]
     for future in futures:
         with pytest.raises(EngineDead, match="illegal address"):
-            future.result(timeout=20)
+            future.result(timeout=60)
     with pytest.raises(EngineDead, match="illegal address"):
-        engine.submit(requests[0]).result(timeout=20)
+        engine.submit(requests[0]).result(timeout=60)
 
 
 def test_a_closed_engine_answers_nobody_and_leaves_nobody_waiting(build, requests):
@@ -490,7 +490,7 @@ def test_a_closed_engine_answers_nobody_and_leaves_nobody_waiting(build, request
     engine.close()
     for future in [*futures, engine.submit(requests[0])]:
         with pytest.raises(EngineDead, match="closed"):
-            future.result(timeout=20)
+            future.result(timeout=60)
 
 
 def test_vllm_is_chosen_where_it_is_installed_and_the_device_is_a_gpu(monkeypatch):
