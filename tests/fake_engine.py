@@ -3,13 +3,15 @@
     monkeypatch.setattr("nli.inference.build_engine", functools.partial(build_fake_engine, FakeSettings(log="asked.txt", seconds=0.05)))
 
 What a row's premise holds decides what becomes of it: "raise" breaks the request, "kill" ends the process, "dead" ends the engine,
-and "half" is answered by half of a surrogate pair. A healthy engine answers them all.
+"half" is answered by half of a surrogate pair, and "wait" waits for a file. A healthy engine answers them all.
 """
 
+import contextlib
 import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,10 @@ class FakeSettings:
     """file that the first process to load makes, and then has no engine; all others have one"""
     load_seconds: float = 0.0
     is_healthy: bool = False
+    company: int = 0
+    """engines that have to be loaded before any of them answers: none is alone for a while because the others come late"""
+    gate: str = ""
+    """file before which no row with "wait" in its premise is answered: the run cannot end sooner"""
 
 
 class FakeEngine:
@@ -39,9 +45,12 @@ class FakeEngine:
         if fake.dies_when_loading:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(fake.load_seconds)
-        if fake.refused and not os.path.exists(fake.refused):
-            with open(fake.refused, "x", encoding="utf-8"):
+        if fake.refused:
+            with contextlib.suppress(FileExistsError), open(fake.refused, "x", encoding="utf-8"):
                 raise ModelError("the GPU has 12 of 80 MiB free")
+        if fake.company:
+            with open(f"{fake.log}.loaded", "a", encoding="utf-8") as file:
+                file.write(f"{os.getpid()}\n")
         self._fake, self._settings = fake, settings
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(fake.at_once)
@@ -51,6 +60,10 @@ class FakeEngine:
 
     def _answer(self, request: Request) -> Generation:
         premise = request.prompt.split("Premise: ")[1].split("\nHypothesis: ")[0]
+        if self._fake.company:
+            wait_until(lambda: len(Path(f"{self._fake.log}.loaded").read_text(encoding="utf-8").splitlines()) >= self._fake.company)
+        if self._fake.gate and "wait" in premise:
+            wait_until(Path(self._fake.gate).exists)
         fault = "" if self._fake.is_healthy else premise
         if "kill" in fault:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -74,6 +87,15 @@ class FakeEngine:
 
     def close(self) -> None:
         self._pool.shutdown()
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 300) -> None:
+    """Wait for something that other processes bring about."""
+    until = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > until:
+            raise TimeoutError(f"waited {seconds:.0f} s in vain")
+        time.sleep(0.01)
 
 
 def build_fake_engine(fake: FakeSettings, name: str, settings: EngineSettings) -> FakeEngine:

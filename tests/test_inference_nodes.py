@@ -20,7 +20,7 @@ from tests.test_inference import NUM_ROWS, Asked, check_complete, write_pairs
 
 pytestmark = [pytest.mark.fault, pytest.mark.own_cluster, pytest.mark.usefixtures("no_ray")]
 AT_ONCE = 4
-QUICK_TO_NOTICE = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 3}
+QUICK_TO_NOTICE = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_timeout_ms": 10_000, "health_check_failure_threshold": 3}
 
 
 @pytest.fixture
@@ -47,10 +47,10 @@ def asked(tmp_path) -> Asked:
 
 @pytest.fixture
 def fake(monkeypatch, asked):
-    """Put an engine in the place of the real ones that takes so long for a row."""
+    """Put an engine in the place of the real ones that takes so long for a row, and begins when two are there."""
 
     def choose(seconds: float) -> None:
-        settings = FakeSettings(log=str(asked.path), seconds=seconds, at_once=AT_ONCE)
+        settings = FakeSettings(log=str(asked.path), seconds=seconds, at_once=AT_ONCE, company=2)
         monkeypatch.setattr(inference, "build_engine", functools.partial(build_fake_engine, settings))
 
     return choose
@@ -61,7 +61,7 @@ def run_while(config: InferenceConfig, meddle: Callable[[], None]) -> list[dict]
     running = threading.Thread(target=inference.run, args=(config,), daemon=True)
     running.start()
     meddle()
-    running.join(60)
+    running.join(300)
     assert not running.is_alive(), "the run does not end"
     return check_complete(Path(config.results_dir) / "run.jsonl")
 
