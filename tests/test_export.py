@@ -225,7 +225,7 @@ def test_the_job_merges_and_leaves_no_half_made_folder(no_ray, adapters, dev_fil
     (tmp_path / ".merged.partial").mkdir()  # as a kill leaves it
     settings = ["--model", str(adapters["nf4"]), "--dev-file", dev_file, "--output-dir", str(output), "--form", "merged_nf4", "--check-rows", "4"]
     command = [sys.executable, "-m", "ray_jobs.export_model", *settings, "--max-new-tokens", "16", "--use-gpu", "False"]
-    done = subprocess.run(command, cwd=REPOSITORY, env=dict(os.environ), capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, cwd=REPOSITORY, env=dict(os.environ), capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "of 4 labels and" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == [".merged.lock", "merged"]
