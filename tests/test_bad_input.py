@@ -20,7 +20,7 @@ def run_job(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", f"ray_jobs.{arguments[0]}", *arguments[1:]]
     variables = os.environ | {"RAY_ADDRESS": "127.0.0.1:1", "COLUMNS": "200"} | environment
     variables = {name: value for name, value in variables.items() if value}
-    return subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=300, check=False)
 
 
 def refuse(result: subprocess.CompletedProcess) -> str:

@@ -56,7 +56,7 @@ def _jobs(server):
 def _run_process(folder, server, **arguments):
     command = {"folder": str(folder), "base_url": server.base_url, "num_rows": NUM_ROWS, **arguments}
     root = Path(__file__).resolve().parent.parent
-    return subprocess.run([sys.executable, "-m", "tests.batch_worker", json.dumps(command)], cwd=root, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run([sys.executable, "-m", "tests.batch_worker", json.dumps(command)], cwd=root, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_rows_are_answered_by_jobs_of_the_set_size_and_billed_once_at_half_the_price(server, folder):
