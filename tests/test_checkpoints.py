@@ -134,7 +134,7 @@ def test_a_disk_that_fills_up_under_a_log_is_told_and_other_errors_stay_what_the
 # with Ray
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def files(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("rows")
     paths = {f"reflected_{split}": str(folder / f"reflected_{split}.jsonl") for split in ("train", "dev")}
@@ -147,9 +147,9 @@ def config_of(files: dict[str, str], folder: Path, **values) -> TrainConfig:
     return train_config(files, folder, **({"max_steps": 9, "eval_steps": 2, "lora_rank": 4} | values))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def undisturbed(ray_cluster, files, tmp_path_factory) -> Path:
-    """A run of nine steps with checkpoints after every two and at the end, all kept."""
+    """A run of nine steps with checkpoints after every two and at the end, all kept. Tests of other modules come between those that need it."""
     run_folder = sft.run(config_of(files, tmp_path_factory.mktemp("models") / "run", keep_checkpoints=9))
     assert [path.name for path in saving.list_checkpoints(run_folder)] == [f"checkpoint-{step}" for step in (2, 4, 6, 8, 9)]
     return run_folder
