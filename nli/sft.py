@@ -153,6 +153,7 @@ def fit(plan: FitPlan, callbacks: Sequence = ()) -> dict:
         print(f"sft {plan.output.name}: {line}", flush=True)
     run_id = content_hash([str(plan.output), record.manifest["attempts"][0]["started"]])
     state = plan.output / "ray_train"
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # each report, so each save, waits for Ray's next look: 2 s by default
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"config": as_dict(config), "output": str(plan.output), "tokenised": str(tokenised), "use_gpu": use_gpu, "run_id": run_id},

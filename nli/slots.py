@@ -9,6 +9,7 @@ A row's keys lie from the slot's first column on, whatever lies in the other slo
 no column moves when a row comes or leaves, and a prompt is read with no mask at all. `prefill` and `step` can be repeated after they failed.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,7 +35,11 @@ class Slots:
         self.rows, self.shown = self.on_device, 0  # slots and columns of the step at hand
         self.cache = _build_cache(self, model.config.get_text_config().num_hidden_layers)
         self.last: torch.Tensor | None = None
-        self.hook = model.get_output_embeddings().register_forward_pre_hook(self._pick_last)
+        self.head = model.get_output_embeddings()
+        self.hook = self.head.register_forward_pre_hook(self._pick_last)
+        self.projects = type(self.head) is torch.nn.Linear and "forward" not in vars(self.head)  # not one with an adapter or with hooks of its own
+        if self.projects:
+            self.head.forward = partial(_project, self.head)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -119,6 +124,8 @@ class Slots:
         """Give up the rows, and leave the model as it was."""
         self.drop()
         self.hook.remove()
+        if self.projects:
+            del self.head.forward
 
     def _pick_last(self, module, inputs):
         """Before the output layer: only the hidden states of each prompt's last token."""
@@ -128,6 +135,16 @@ class Slots:
 
         hidden = inputs[0]
         return (hidden[torch.arange(len(hidden), device=hidden.device), self.last][:, None], *inputs[1:])
+
+
+def _project(head: "torch.nn.Linear", hidden: "torch.Tensor") -> "torch.Tensor":
+    """The layer's output in fp32 whatever its weights are in: in bf16, logits between 16 and 32 are steps of 0.125, which moves a probability by 0.03."""
+    import torch
+    import torch.nn.functional as F
+
+    if head.weight.is_cuda and head.weight.dtype != torch.float32 and head.bias is None:
+        return torch.mm(hidden.flatten(0, -2), head.weight.t(), out_dtype=torch.float32).unflatten(0, hidden.shape[:-1])  # copies no weights
+    return F.linear(hidden.float(), head.weight.float(), None if head.bias is None else head.bias.float())
 
 
 def _round_up(count: int) -> int:

@@ -11,7 +11,6 @@ import pytest
 
 # Before anything imports Ray or a Hugging Face library.
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
-os.environ |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}  # a report and the end of a training wait for Ray's next look: 2 s by default
 os.environ |= {"MISTRAL_API_KEY": "test-key-of-no-account", "WANDB_MODE": "disabled"}
 for name in ("RAY_ADDRESS", "NLI_STORAGE_ROOT", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
     os.environ.pop(name, None)

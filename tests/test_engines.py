@@ -457,6 +457,28 @@ def test_other_precisions_answer_too(build, requests, precision, dtype):
     assert str(engine.model.dtype) == {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[dtype]
 
 
+def test_logits_of_a_bf16_model_are_not_rounded_to_bf16():
+    """They lie between 16 and 32 often, where bf16 has steps of 0.125: two labels a step apart would be told as 0.53 to 0.47, or as equals."""
+    import torch
+
+    from nli.model import load_base
+    from nli.slots import Slots
+
+    model = load_base(TINY_BASE, "none", "bf16", "cpu", "sdpa").eval()
+    ids = torch.arange(30)[None] + 100
+    slots = Slots(model, None)
+    with torch.inference_mode():
+        hidden = model.model(input_ids=ids).last_hidden_state[:, -1].float()
+        exact = hidden @ model.lm_head.weight.float().T
+        told = [slots.read(ids.tolist()), slots.prefill(ids.tolist()), slots.step(exact.argmax(-1))]
+        assert torch.allclose(told[0], exact, atol=1e-4) and torch.allclose(told[1], exact, atol=1e-4)
+    for logits in told:
+        assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())
+    slots.close()
+    with torch.inference_mode():
+        assert model(input_ids=ids).logits.dtype == torch.bfloat16
+
+
 def test_a_gpu_that_cannot_compute_any_more_is_no_fault_of_a_row(monkeypatch):
     import torch
 

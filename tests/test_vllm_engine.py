@@ -268,6 +268,7 @@ def test_arguments_follow_the_settings():
     assert (small["quantization"], small["device_ids"], small["max_lora_rank"]) == ("bitsandbytes", [1], 64)
     assert arguments["kv_cache_dtype"] == "auto"  # the model's own, which is bf16
     assert build_arguments(replace(SETTINGS, kv_cache_dtype="fp8"), [], 512, 0.9)["kv_cache_dtype"] == "fp8"
+    assert arguments["hf_overrides"] == {"head_dtype": "float32"}
     assert arguments["compilation_config"] == {"mode": "none", "cudagraph_mode": "full_decode_only"}
     with pytest.raises(ModelError, match="fp32"):
         build_arguments(replace(SETTINGS, precision="fp32"), [], 512, 0.9)

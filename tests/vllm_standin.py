@@ -26,6 +26,7 @@ ARGUMENTS = {
         "skip_tokenizer_init",
         "generation_config",
         "dtype",
+        "hf_overrides",
         "quantization",
         "max_model_len",
         "max_num_seqs",
