@@ -7,7 +7,8 @@ transformers and PEFT alone, in fp32, batch 1, and computes by teacher forcing
 
 - at each first divergence of two engines: the two tokens' log-probabilities and the two best there
 - for each row of each engine: the probability of label 1, the softmax over the two label tokens where the engine's own text says its label; `undecided` counts
-  rows where it lies between 0.01 and 0.99, which are few after a thought and many with --options=--no-cot
+  rows where it lies between 0.01 and 0.99, which are few after a thought and many with --options=--no-cot. What bf16 alone does to it is shown by plain
+  transformers in bf16, asked about the first engine's texts
 """
 
 import argparse
@@ -76,13 +77,13 @@ def pair_up(specs: Sequence[str]) -> list[tuple[str, str]]:
 class Reference:
     """Base and adapter in plain transformers."""
 
-    def __init__(self, model: str, base: str, device: str) -> None:
+    def __init__(self, model: str, base: str, device: str, dtype: str = "float32") -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.device = device
-        loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, device_map={"": device})
+        loaded = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype), device_map={"": device})
         if Path(model, "adapter_config.json").is_file():
             from peft import PeftModel
 
@@ -142,11 +143,11 @@ def render(row: Mapping) -> str:
     return render_student_prompt(row["premise"], row["hypothesis"])
 
 
-def run_reference(model: str, base: str, pairs: Path) -> None:
+def run_reference(model: str, base: str, file: Path) -> None:
     """Print what each engine's probabilities and each pair's divergences come to, a line each."""
     from benchmarks.inference_model import choose_device
 
-    files = json.loads(pairs.read_text(encoding="utf-8"))["results"]
+    files = json.loads(file.read_text(encoding="utf-8"))["results"]
     answers = {spec: [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line] for spec, path in files.items()}
     answers = {spec: sorted(rows, key=lambda row: int(row["id"])) for spec, rows in answers.items()}
     reference = Reference(model, base, choose_device())
@@ -158,25 +159,22 @@ def run_reference(model: str, base: str, pairs: Path) -> None:
         widest = max((place["best_gap"] for place in listed), default=0.0)
         result = {"pair": [left, right], **compared, "divergences": len(listed), "widest_best_gap": widest, "listed": listed}
         print("RESULT", json.dumps(result, ensure_ascii=False), flush=True)
-    for spec, rows in answers.items():
-        differences, missing, undecided = [], 0, 0
-        for row in rows:
-            told, expected = row.get("label_probability"), reference.read_label_probability(render(row), row["raw_text"])
-            if told is None or expected is None:
-                missing += 1
-            else:
-                differences.append(abs(told - expected))
-                undecided += 0.01 < expected < 0.99
-        result = {
-            "engine": spec,
-            "rows": len(rows),
-            "without_probability": missing,
-            "undecided": undecided,
-            "max_difference": round(max(differences, default=-1.0), 6),
-        }
+    expected = {spec: [reference.read_label_probability(render(row), row["raw_text"]) for row in rows] for spec, rows in answers.items()}
+    told = {spec: [row.get("label_probability") for row in rows] for spec, rows in answers.items()}
+    unparsed = {spec: sum(row["parse_status"] != "ok" for row in rows) for spec, rows in answers.items()}
+    first = next(iter(answers))
+    rounded = Reference(model, base, reference.device, "bfloat16")
+    told["plain transformers:bf16"] = [rounded.read_label_probability(render(row), row["raw_text"]) for row in answers[first]]
+    expected["plain transformers:bf16"] = expected[first]
+    for spec, values in told.items():
+        pairs = [(value, exact) for value, exact in zip(values, expected[spec], strict=True) if value is not None and exact is not None]
+        differences = [abs(value - exact) for value, exact in pairs]
+        result = {"engine": spec, "rows": len(values), "without_probability": len(values) - len(pairs)}
+        result |= {"undecided": sum(0.01 < exact < 0.99 for _, exact in pairs)}
         result |= {"max_difference": round(max(differences), 6) if differences else None}
         result |= {"mean_difference": round(sum(differences) / len(differences), 6) if differences else None}
-        result |= {"unparsed": sum(row["parse_status"] != "ok" for row in rows)}
+        result |= {"largest": [round(difference, 4) for difference in sorted(differences)[-4:]]}
+        result |= {"unparsed": unparsed[spec]} if spec in unparsed else {}
         print("RESULT", json.dumps(result), flush=True)
 
 

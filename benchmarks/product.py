@@ -24,7 +24,7 @@ from pathlib import Path
 
 from benchmarks.product_head import REPOSITORY, Head, find_processes
 
-_DEMO = "--compute-dtype fp32 --learning-rate 2e-3 --epochs 4 --eval-steps 0 --per-device-batch-size 32 --max-length 128 --activation-checkpointing False"
+_DEMO = "--compute-dtype fp32 --learning-rate 2e-3 --epochs 2 --eval-steps 0 --per-device-batch-size 32 --max-length 128 --activation-checkpointing False"
 DEMO = _DEMO.split()  # configs/demo/pipeline.py
 KEY_LINES = ("sft", "inference", "export", "thoughts", "reflections", "sft_data", "prepare", "evaluation", "model ", "tiny", "seven-b", "teacher", "  ")
 NOISE = ("%|", "it/s", "core_worker.cc", "torch.nn.")
