@@ -1,4 +1,4 @@
-"""The demo cut to one ablation and a few steps, a minute and a half: does every stage run here? Its accuracies mean nothing."""
+"""The demo cut to one ablation and a few steps, about two minutes: does every stage run here? Its accuracies mean nothing."""
 
 from dataclasses import replace
 
