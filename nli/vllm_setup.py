@@ -106,7 +106,7 @@ def build_arguments(settings: EngineSettings, adapters: Sequence[AdapterShape], 
         "skip_tokenizer_init": True,  # rows come and go as ids
         "generation_config": "vllm",  # no sampling parameters or stop tokens from the model's folder: a request has all of them
         "dtype": "bfloat16",
-        "hf_overrides": {"head_dtype": "float32"},  # logits in fp32, for the same time: in bf16 they are coarse enough to move a probability by 0.03
+        "hf_overrides": {"head_dtype": "float32"},  # logits in fp32: in bf16 they are coarse enough to move a probability by 0.03
         "quantization": QUANTIZATION[settings.precision],
         "kv_cache_dtype": "auto" if settings.kv_cache_dtype == "bf16" else settings.kv_cache_dtype,
         "max_model_len": length,
