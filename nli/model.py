@@ -51,7 +51,8 @@ def quiet_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+    for message in (".*gradient_checkpointing", ".*broadcast_buffers"):
+        warnings.filterwarnings("ignore", message=message, category=FutureWarning)
     for name in ("bitsandbytes", "transformers.integrations.bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

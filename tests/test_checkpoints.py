@@ -222,8 +222,9 @@ def test_the_same_command_goes_on_after_its_driver_was_killed_and_adds_to_the_sa
     path.write_text(f"from nli.sft import TrainConfig\n\nconfig = TrainConfig(**{config.__dict__!r})\n")
     command = [sys.executable, "-m", "ray_jobs.train_sft", "--config", str(path)]
     environment = {name: value for name, value in os.environ.items() if name not in ("WANDB_MODE", "WANDB_API_KEY")} | {"HOME": str(tmp_path)}
+    slow_saves = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "5"}  # so that the kill comes in a save's wait for Ray, not after the last step
     with open(tmp_path / "first.log", "w") as log:
-        driver = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
+        driver = subprocess.Popen(command, cwd=REPOSITORY, env=environment | slow_saves, stdout=log, stderr=log)
         deadline = time.monotonic() + 600
         while not (run_folder / "checkpoint-4").exists():
             assert driver.poll() is None and time.monotonic() < deadline, (tmp_path / "first.log").read_text()
