@@ -36,8 +36,8 @@ def iterate_examples(path: Path, max_rows: int = 0, need_labels: bool = False, c
     """The same, one by one, for files that should not be held in memory. A faulty file raises at its end, or instead of its next row.
 
     Raises DataError, all faults at once with their lines: no file, no rows, no `premise` or `hypothesis` column, an empty text, a label that is not 0 or 1,
-    a repeated id, a row with too many or too few cells, bytes that are not UTF-8; with `need_labels`, also a pair without label; with `count_column`, also a
-    cell of that column that is no whole number from 1.
+    `Label` or ` id` for a column's name, a repeated id, a row with too many or too few cells, bytes that are not UTF-8; with `need_labels`, also a pair without
+    label; with `count_column`, also a cell of that column that is no whole number from 1.
     """
     records = _iterate_csv(path)
     _, header = next(records)
@@ -143,6 +143,10 @@ def _check_header(path: Path, header: Sequence[str], need_labels: bool) -> None:
     if missing:
         hints = "".join(nearest(name, header) for name in missing)
         raise DataError(f"{path}:1: no column {' and no column '.join(missing)}; the header is {','.join(header)}.{hints}")
+    meant = {name: name.strip().lower() for name in header if name not in _PAIR_COLUMNS}
+    alike = [f"{name!r} is not {known}" for name, known in meant.items() if known in _PAIR_COLUMNS and known not in header]
+    if alike:
+        raise DataError(f"{path}:1: column {' and column '.join(alike)}, but would ride along as any other text; rename it.")
     repeated = sorted({name for name in header if header.count(name) > 1})
     own = sorted(_OWN_COLUMNS & set(header))
     both = {"label", "true_label"} <= set(header)

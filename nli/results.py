@@ -111,7 +111,7 @@ def write_report(answers: Path, head: Mapping) -> None:
 
 
 def describe_figures(figures: Mapping, target: int, seconds: float) -> dict:
-    """Timing and speed of this attempt, from what the desk tells."""
+    """Timing and speed of this attempt, from what the desk tells; of all its models together, where the engine answered for several in one pass."""
     engines = figures.get("engines", [])
     rows, row_seconds = sum(figures.get("rows", [])), figures.get("seconds", 0.0)
 
@@ -120,6 +120,7 @@ def describe_figures(figures: Mapping, target: int, seconds: float) -> dict:
 
     return {
         "rows_computed": figures["rows"][target] if figures else 0,
+        "rows_in_pass": rows,
         "worker_deaths": figures.get("deaths", 0),
         "seconds": round(seconds, 2),
         "load_seconds": most("load_seconds"),
@@ -143,7 +144,8 @@ def summarise(name: str, counts: Mapping, timing: Mapping, cure: str) -> str:
         lines[0] += f", {counts['correct']} of {counts['labelled']} right ({counts['accuracy']:.3f})"
     if timing["rows_computed"]:
         memory = f", peak memory {timing['peak_memory_gb']:.1f} GB" if timing["peak_memory_gb"] else ""
-        lines.append(f"  {timing['rows_per_second']:.1f} rows/s, {timing['tokens_per_second']:.0f} tokens/s{memory}")
+        shared = f" for all models of this pass, {timing['rows_in_pass']} rows" if timing["rows_in_pass"] > timing["rows_computed"] else ""
+        lines.append(f"  {timing['rows_per_second']:.1f} rows/s, {timing['tokens_per_second']:.0f} tokens/s{shared}{memory}")
         parts = {"load": timing["load_seconds"], "compile": timing["compile_seconds"], "rows": timing["row_seconds"]}
         lines.append(
             "  " + ", ".join(f"{part} {seconds:.1f} s" for part, seconds in parts.items() if seconds is not None) + f", in all {timing['seconds']:.1f} s"

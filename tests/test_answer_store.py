@@ -23,7 +23,7 @@ from nli.errors import DataError, StorageError
 from nli.leases import COHORTS, FIRST_ROWS, MOST_EXCUSED, MOST_STARTS, Leases
 from nli.prompts import render_completion
 from nli.records import Answer, row_key
-from nli.results import Tally, summarise, write_answers, write_report, write_table
+from nli.results import Tally, describe_figures, summarise, write_answers, write_report, write_table
 from nli.storage import read_jsonl
 from nli.worklist import Worklist, read_pending_work
 
@@ -192,6 +192,15 @@ def test_the_last_words_on_a_run_say_what_failed_how_that_is_mended_and_what_was
     assert summarise("run", counts, {"rows_computed": 0}, "--run-name run asks them again") == (
         "inference: run: 3 of 60 unparsed (2 failed; --run-name run asks them again), 40 with a label that was forced, 30 of 60 right (0.500)"
     )
+
+
+def test_the_speed_of_a_pass_that_answered_for_several_models_is_not_told_as_one_model_s():
+    counts = {"rows": 60, "unparsed": 0, "failed": 0, "forced": 0, "labelled": 0}
+    figures = {"rows": [60, 40], "seconds": 5.0, "tokens": 1000, "engines": [{"load_seconds": 2.0, "compile_seconds": None, "peak_memory_gb": None}]}
+    told = summarise("run", counts, describe_figures(figures, 0, 9.0), "").splitlines()
+    assert told[1:] == ["  20.0 rows/s, 200 tokens/s for all models of this pass, 100 rows", "  load 2.0 s, rows 5.0 s, in all 9.0 s"]
+    alone = summarise("run", counts, describe_figures(figures | {"rows": [60]}, 0, 9.0), "").splitlines()
+    assert alone[1] == "  12.0 rows/s, 200 tokens/s"
 
 
 def test_a_tally_without_labels_has_no_metrics():

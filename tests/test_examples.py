@@ -186,6 +186,8 @@ def test_a_column_that_an_answer_would_overwrite_is_refused(refusal, column):
         ("Premise,Hypothesis\na,b\n", "pairs.csv:1: no column premise and no column hypothesis; the header is Premise,Hypothesis."),
         ("a,b\n", "pairs.csv:1: no column premise and no column hypothesis; the header is a,b."),
         ("premise;hypothesis\na;b\n", "pairs.csv:1: no column premise and no column hypothesis; the header is premise;hypothesis."),
+        ("premise,hypothesis,Label\na,b,1\n", "pairs.csv:1: column 'Label' is not label, but would ride along as any other text; rename it."),
+        ("ID,premise,hypothesis, label\n7,a,b,1\n", "pairs.csv:1: column 'ID' is not id and column ' label' is not label, but"),
         ("premise,hypothesis,premise\na,b,c\n", "pairs.csv:1: column premise stands twice; rename or remove it."),
         ("premise,hypothesis,raw_text\na,b,c\n", "pairs.csv:1: column raw_text is written by this project; rename or remove it."),
         ("premise,hypothesis,predicted_label\na,b,1\n", "pairs.csv:1: column predicted_label is written by this project; rename or remove it."),
