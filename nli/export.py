@@ -31,7 +31,7 @@ from nli.model import check_base, load_adapter, load_base
 from nli.parsing import ParseStatus, parse_answer
 from nli.records import SFTExample
 from nli.runs import lock_output, read_commit, read_hardware, read_manifest, read_versions
-from nli.storage import read_jsonl, resolve_input, resolve_output, sha256_file, write_atomic
+from nli.storage import read_jsonl, resolve_input, resolve_model, resolve_output, sha256_file, write_atomic
 from nli.tokenization import encode_example, encode_prompt, first_line, load_tokenizer
 from nli.transformers_engine import TransformersEngine
 
@@ -79,7 +79,7 @@ def run(config: ExportConfig) -> Path:
     export or another process is at work on it.
     """
     check_gpu_choice(config.gpu, config.use_gpu)
-    base, adapter = describe_model(str(resolve_input(config.model, config.storage_root)), config.base_model)
+    base, adapter = describe_model(str(resolve_input(config.model, config.storage_root)), resolve_model(config.base_model, config.storage_root))
     if adapter is None:
         raise ModelError(f"{config.model}: a whole model, and no adapter to merge.")
     check_base(base)

@@ -13,7 +13,6 @@ Out:  <output_dir>/data/ledger/                                      every reque
 Each stage takes up what it has finished, so the same command goes on after an interruption and repeats nothing.
 """
 
-import contextlib
 import itertools
 import shutil
 import time
@@ -33,7 +32,7 @@ from nli.records import ABLATIONS, Ablation
 from nli.reflections import GenerateReflectionsConfig
 from nli.sft import TrainConfig
 from nli.sft_data import PrepareSFTDataConfig
-from nli.storage import resolve_input, resolve_output
+from nli.storage import resolve_input, resolve_model, resolve_output
 from nli.sweep import SweepConfig
 from nli.teacher import check_teacher
 from nli.thoughts import GenerateThoughtsConfig
@@ -111,10 +110,7 @@ def run(config: PipelineConfig) -> Path:
 def settle(config: PipelineConfig) -> PipelineConfig:
     """The config with absolute paths of its inputs. Raises DataError for a file that is not there."""
     files = {name: str(resolve_input(getattr(config, name), config.storage_root)) for name in ("train_csv", "dev_csv", "test_csv")}
-    base = config.train.base_model
-    with contextlib.suppress(DataError):  # else it is a hub name, which check_base tries
-        base = str(resolve_input(base, config.storage_root))
-    return replace(config, **files, train=replace(config.train, base_model=base))
+    return replace(config, **files, train=replace(config.train, base_model=resolve_model(config.train.base_model, config.storage_root)))
 
 
 def check(config: PipelineConfig, root: Path) -> None:

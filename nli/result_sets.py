@@ -22,7 +22,7 @@ from nli.errors import ConfigError, DataError, ModelError, ResumeError, StorageE
 from nli.model import check_base
 from nli.prompts import STUDENT_PROMPT_NAME, prompt_sha256
 from nli.runs import Run, is_in_use, lock_output, read_manifest, start_run
-from nli.storage import resolve_input, resolve_output, sha256_file
+from nli.storage import resolve_input, resolve_model, resolve_output, sha256_file
 from nli.student import Target
 from nli.tokenization import check_prompt_ids
 
@@ -54,14 +54,14 @@ class ResultSet:
 
 def describe_models(config: "InferenceConfig") -> tuple[str, list[Model]]:
     """The base of a run and its models. Raises ModelError if one does not fit, ConfigError if two have one name, DataError if the template is none."""
-    model = _local(config.model, config.storage_root)
-    base_model = _local(config.base_model, config.storage_root) if config.base_model else ""
+    model = resolve_model(config.model, config.storage_root)
+    base_model = resolve_model(config.base_model, config.storage_root)
     base, adapter = describe_model(model, base_model)
     check_base(base)
     template_file = str(resolve_input(config.prompt_template, config.storage_root)) if config.prompt_template else ""
     models = [Model(_name(model), adapter, resolve_template(adapter or model, template_file))]
     for path in config.adapters:
-        folder = _local(path, config.storage_root)
+        folder = resolve_model(path, config.storage_root)
         its_base, its_adapter = describe_model(folder, base_model or base)
         if its_adapter is None:
             raise ModelError(f"{path}: a model of its own, not an adapter; give it as --model, in a run of its own.")
@@ -147,10 +147,3 @@ def _stopping_on_error(record: Run) -> Iterator[None]:
 def _name(model: str) -> str:
     folder = Path(model)
     return f"{folder.parent.name}-{folder.name}" if folder.name.startswith("checkpoint-") else folder.name
-
-
-def _local(model: str, storage_root: str) -> str:
-    try:
-        return str(resolve_input(model, storage_root))
-    except DataError:
-        return model

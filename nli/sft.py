@@ -29,7 +29,7 @@ from nli.prompts import student_prompt_sha256
 from nli.recipe import FREE_FIELDS, TrainConfig
 from nli.records import content_hash
 from nli.runs import describe_differences, read_manifest, start_run
-from nli.storage import resolve_input, resolve_output, sha256_file, write_atomic
+from nli.storage import resolve_input, resolve_model, resolve_output, sha256_file, write_atomic
 from nli.tokenization import load_tokenizer
 from nli.training import train_worker
 
@@ -69,9 +69,7 @@ def plan_fit(config: TrainConfig) -> FitPlan:
     """Resolve paths and check base, tokenizer, rows and splits, without Ray and without loading weights."""
     train, dev = resolve_input(config.train_file, config.storage_root), resolve_input(config.dev_file, config.storage_root)
     output = resolve_output(config.output_dir, config.storage_root)
-    base = config.base_model
-    if (local := Path(os.path.abspath(base))).is_dir():
-        base = str(local)
+    base = resolve_model(config.base_model, config.storage_root)
     check_splits((train, dev), base, config.max_length, config.drop_overlong)
     check_base(base)
     load_tokenizer(base)

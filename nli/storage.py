@@ -51,6 +51,12 @@ def resolve_input(path: str, storage_root: str) -> Path:
     raise DataError(f"{path or '(no path)'}: no such file; looked for {looked}.")
 
 
+def resolve_model(name: str, storage_root: str) -> str:
+    """A model's folder, looked for as `resolve_input` does; a name that is no folder stays what it is, for it may be the hub's."""
+    folder = next((folder for folder in (_root(storage_root) / name, Path(name)) if name and folder.is_dir()), name)
+    return os.path.abspath(folder) if isinstance(folder, Path) else name
+
+
 def _root(storage_root: str) -> Path:
     return Path(storage_root or os.environ.get(STORAGE_ROOT_VARIABLE, ""))
 

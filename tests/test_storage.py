@@ -13,7 +13,7 @@ import pytest
 
 from nli.errors import DataError, StorageError
 from nli.records import Example
-from nli.storage import dump_line, iterate_jsonl, read_jsonl, resolve_input, resolve_output, sha256_file, write_atomic, write_csv, write_jsonl
+from nli.storage import dump_line, iterate_jsonl, read_jsonl, resolve_input, resolve_model, resolve_output, sha256_file, write_atomic, write_csv, write_jsonl
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -78,6 +78,15 @@ def test_an_input_is_looked_for_below_the_storage_root_and_then_below_the_curren
     (here / "root" / "a.csv").write_text("root")
     assert resolve_input("a.csv", "root") == here / "root" / "a.csv"
     assert resolve_input(str(here / "a.csv"), "root") == here / "a.csv"
+
+
+def test_a_model_is_looked_for_like_an_input_and_a_name_that_is_no_folder_stays_a_hub_name(here):
+    for folder in ("root/models/base", "models/base", "org/model"):
+        (here / folder).mkdir(parents=True)
+    assert resolve_model("models/base", "root") == str(here / "root/models/base")
+    assert resolve_model("org/model", "root") == str(here / "org/model")
+    assert resolve_model("mistralai/Mistral-7B-v0.3", "root") == "mistralai/Mistral-7B-v0.3"
+    assert resolve_model("", "root") == ""
 
 
 def test_a_missing_input_says_where_it_was_looked_for():

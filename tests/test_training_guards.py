@@ -90,6 +90,12 @@ def test_a_base_without_a_tokeniser_is_refused_before_anything_starts(files, tmp
         sft.plan_fit(train_config(files, tmp_path / "run", base_model=str(base)))
 
 
+def test_a_base_below_the_storage_root_is_found(files, tmp_path):
+    shutil.copytree(TINY_BASE, tmp_path / "root/models/base")
+    config = train_config(files, tmp_path / "run", base_model="models/base", storage_root=str(tmp_path / "root"))
+    assert sft.plan_fit(config).config.base_model == str(tmp_path / "root/models/base")
+
+
 def test_a_run_on_another_base_or_tokeniser_is_refused_with_the_difference(files, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(TINY_BASE, base)
