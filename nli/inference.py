@@ -53,7 +53,9 @@ class InferenceConfig:
     results_dir: str = "results"
     """folder of the results"""
     run_name: str = ""
-    """stem of the result files, with -{adapter} where there are several; empty: {model}-{precision}-{dataset}-{timestamp}"""
+    """stem of the result files, with -{model} where there are several; empty: {model}-{precision}-{dataset}-{timestamp}"""
+    run_names: tuple[str, ...] = ()
+    """instead of run_name: a stem for model and for each of the adapters, in their order"""
     engine: EngineName = "auto"
     """what runs the model; auto: vllm where it is installed and there is a GPU, else transformers"""
     precision: Precision = "nf4"
@@ -98,8 +100,11 @@ class InferenceConfig:
     def __post_init__(self) -> None:
         if not self.model or not all(self.adapters):
             raise ConfigError("model or one of the adapters is empty; give a hub name or a folder.")
-        if self.run_name and (Path(self.run_name).name != self.run_name or self.run_name.startswith(".") or "\0" in self.run_name):
-            raise ConfigError(f"run_name {self.run_name!r} is no file name; name the folder by results_dir.")
+        for name in self.run_names or filter(None, [self.run_name]):
+            if not name or Path(name).name != name or name.startswith(".") or "\0" in name:
+                raise ConfigError(f"run_name {name!r} is no file name; name the folder by results_dir.")
+        if self.run_names and (self.run_name or len(set(self.run_names)) != len(self.run_names) or len(self.run_names) != 1 + len(self.adapters)):
+            raise ConfigError(f"run_names takes the place of run_name, with a name of its own for each of the {1 + len(self.adapters)} models.")
         if self.temperature == float("inf"):
             raise ConfigError("temperature is endless; 0 to 2 is usual.")
         if self.num_samples > 1 and not self.temperature:
@@ -143,7 +148,7 @@ def run(config: InferenceConfig) -> Path:
             stack.enter_context(connected(config.gpu))
         device = "cuda:0" if (has_gpus() if config.use_gpu is None else config.use_gpu) else "cpu"
         engine = choose_engine(config.engine, config.precision, device, config.compute_dtype, config.kv_cache_dtype)
-        sets = [open_results(config, stack, source, engine, base, model, len(models)) for model in models]
+        sets = [open_results(config, stack, source, engine, base, model) for model in models]
         rows = f"{num_rows} {'labelled' if True in labelled else 'unlabelled'} rows"
         for index, each in enumerate(sets):
             each.num_pending = worklist.list_pending(_finding_done(each.store), index)

@@ -51,8 +51,8 @@ def quiet_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    for message in (".*gradient_checkpointing", ".*broadcast_buffers"):
-        warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+    for message, category in ((".*gradient_checkpointing", FutureWarning), (".*broadcast_buffers", FutureWarning), (r"barrier\(\)", UserWarning)):
+        warnings.filterwarnings("ignore", message=message, category=category)
     for name in ("bitsandbytes", "transformers.integrations.bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -16,7 +16,6 @@ Each stage takes up what it has finished, so the same command goes on after an i
 import itertools
 import shutil
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import field, replace
 from pathlib import Path
 
@@ -60,7 +59,7 @@ class PipelineConfig:
     run_sweep: bool = True
     """whether to run the sweep"""
     concurrent_runs: Count = 1
-    """trainings, and then inference runs, at the same time"""
+    """trainings at the same time"""
     thoughts: GenerateThoughtsConfig = field(default_factory=GenerateThoughtsConfig)
     reflections: GenerateReflectionsConfig = field(default_factory=GenerateReflectionsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -94,13 +93,12 @@ def run(config: PipelineConfig) -> Path:
         generate(config, root)
         prepare(config, root)
         _heading("4 SFT")
-        runs = [replace(config.train, **_sft_files(root, ablation), output_dir=str(root / "models" / ablation), gpu=None) for ablation in config.ablations]
-        _side_by_side(sft.run, runs, config.concurrent_runs)
+        train(config, root)
         if config.run_sweep:
             _heading("5 sweep")
             sweep.run(plan_sweep(config, root))
         _heading("6 inference")
-        _side_by_side(inference.run, plan_inference(config, root), config.concurrent_runs)
+        inference.run(plan_inference(config, root))
     _heading("7 evaluation")
     report = evaluation.run(plan_evaluation(config, root))
     print(f"pipeline: {time.monotonic() - started:.0f} s", flush=True)
@@ -163,6 +161,29 @@ def prepare(config: PipelineConfig, root: Path) -> None:
             )
 
 
+def train(config: PipelineConfig, root: Path) -> None:
+    """Stage 4 for every ablation, `concurrent_runs` at a time, each then driven from a Ray task of its own."""
+    import ray
+
+    waiting = [replace(config.train, **_sft_files(root, ablation), output_dir=str(root / "models" / ablation), gpu=None) for ablation in config.ablations]
+    if config.concurrent_runs == 1:
+        for each in waiting:
+            sft.run(each)
+        return
+    drive = ray.remote(num_cpus=0, max_retries=0)(sft.run)
+    running = []
+    try:
+        while running or waiting:
+            while waiting and len(running) < config.concurrent_runs:
+                running.append(drive.remote(waiting.pop(0)))
+            done, running = ray.wait(running, num_returns=1)
+            ray.get(done)
+    except ray.exceptions.RayError as error:
+        for task in running:
+            ray.cancel(task)
+        raise own_error(error) or error from None
+
+
 def plan_sweep(config: PipelineConfig, root: Path) -> SweepConfig:
     """The sweep's config on the pipeline's files; all its trials are measured on the dev rows with true labels where there are any."""
     measured_on = "reflected" if "reflected" in config.ablations else config.ablations[0]
@@ -173,12 +194,19 @@ def plan_sweep(config: PipelineConfig, root: Path) -> SweepConfig:
     return replace(config.sweep, train=shared, ablation=ablations, train_files=_sft_files(root, "{ablation}")["train_file"], output_dir=str(root / "sweep"))
 
 
-def plan_inference(config: PipelineConfig, root: Path) -> list[InferenceConfig]:
-    """The base and every adapter on the test rows."""
-    models = {"base": config.train.base_model} | {ablation: str(root / "models" / ablation) for ablation in config.ablations}
-    common = {"data": config.test_csv, "results_dir": str(root / "results"), "gpu": None}
-    bases = {name: "" if name == "base" else config.train.base_model for name in models}
-    return [replace(config.inference, model=model, base_model=bases[name], run_name=name, **common) for name, model in models.items()]
+def plan_inference(config: PipelineConfig, root: Path) -> InferenceConfig:
+    """The base and every adapter on the test rows, in one pass of one engine a worker."""
+    return replace(
+        config.inference,
+        model=config.train.base_model,
+        adapters=tuple(str(root / "models" / ablation) for ablation in config.ablations),
+        base_model="",
+        run_name="",
+        run_names=("base", *config.ablations),
+        data=config.test_csv,
+        results_dir=str(root / "results"),
+        gpu=None,
+    )
 
 
 def plan_evaluation(config: PipelineConfig, root: Path) -> EvaluatePredictionsConfig:
@@ -197,28 +225,6 @@ def plan_evaluation(config: PipelineConfig, root: Path) -> EvaluatePredictionsCo
 
 def _sft_files(root: Path, ablation: str) -> dict[str, str]:
     return {f"{split}_file": str(root / "data" / "finetune" / f"{ablation}_{split}.jsonl") for split in ("train", "dev")}
-
-
-def _side_by_side(stage: Callable, configs: Sequence, at_once: int) -> None:
-    """Run a stage for several configs, `at_once` at a time, each driven from a Ray task of its own."""
-    import ray
-
-    if at_once == 1:
-        for config in configs:
-            stage(config)
-        return
-    drive = ray.remote(num_cpus=0, max_retries=0)(stage)
-    running, waiting = [], list(configs)
-    try:
-        while running or waiting:
-            while waiting and len(running) < at_once:
-                running.append(drive.remote(waiting.pop(0)))
-            done, running = ray.wait(running, num_returns=1)
-            ray.get(done)
-    except ray.exceptions.RayError as error:
-        for task in running:
-            ray.cancel(task)
-        raise own_error(error) or error from None
 
 
 def _heading(text: str) -> None:

@@ -31,11 +31,12 @@ if TYPE_CHECKING:
 
 
 class Model(NamedTuple):
-    """One of the models of a run: what its results are called, its adapter's folder, its prompt."""
+    """One of the models of a run: its name, its adapter's folder, its prompt, and what its results are called, if that was said."""
 
     name: str
     adapter: str | None
     template: str
+    run_name: str = ""
 
 
 @dataclass
@@ -74,15 +75,20 @@ def describe_models(config: "InferenceConfig") -> tuple[str, list[Model]]:
         except DataError as error:
             cure = "Control tokens may stand at a prompt's two ends only, with no space after the last."
             raise DataError(f"{template_file or f'the prompt of {each.name}'}: {error}. {cure}") from None
+    if config.run_names:
+        return base, [each._replace(run_name=run_name) for each, run_name in zip(models, config.run_names, strict=True)]
     names = [each.name for each in models]
     if repeated := next((name for name in names if names.count(name) > 1), None):
-        raise ConfigError(f"two of the models are called {repeated}, and so would their results be; rename a folder, or answer them in two runs.")
-    return base, models
+        cure = "give each a name by --run-names, rename a folder, or answer them in two runs"
+        raise ConfigError(f"two of the models are called {repeated}, and so would their results be; {cure}.")
+    if len(models) == 1 or not config.run_name:
+        return base, [each._replace(run_name=config.run_name) for each in models]
+    return base, [each._replace(run_name=f"{config.run_name}-{each.name}") for each in models]
 
 
-def open_results(config: "InferenceConfig", stack: contextlib.ExitStack, source: Path, engine: str, base: str, model: Model, num_models: int) -> ResultSet:
+def open_results(config: "InferenceConfig", stack: contextlib.ExitStack, source: Path, engine: str, base: str, model: Model) -> ResultSet:
     """The result set of one model: named, its manifest checked, its store open."""
-    name, adapter, template = model
+    name, adapter, template, run_name = model
     identity = {
         "base": fingerprint_model(base),
         "adapter": sha256_file(find_weights(Path(adapter))) if adapter else None,
@@ -96,8 +102,7 @@ def open_results(config: "InferenceConfig", stack: contextlib.ExitStack, source:
         "data": source.name,  # not its path or content: a file may move, and grow
     }
     folder = resolve_output(config.results_dir, config.storage_root)
-    named = f"{config.run_name}-{name}" if config.run_name and num_models > 1 else config.run_name
-    stem = named or find_interrupted(folder, identity, source) or name_results(name, config.named_precision(), source)
+    stem = run_name or find_interrupted(folder, identity, source) or name_results(name, config.named_precision(), source)
     files = {kind: folder / f"{stem}.{kind}" for kind in ("jsonl", "csv", "json", "answers.sqlite", "manifest.json")}
     lock = stack.enter_context(contextlib.closing(lock_output(files["manifest.json"])))  # of several that make the store at once, SQLite fails all but one
     store = stack.enter_context(contextlib.closing(AnswerStore(files["answers.sqlite"])))
@@ -114,7 +119,7 @@ def open_results(config: "InferenceConfig", stack: contextlib.ExitStack, source:
         "precision": config.named_precision(),
         "engine": engine,
     }
-    cure = "the same command asks them again" if config.run_name else f"--run-name {stem} asks them again"
+    cure = "the same command asks them again" if run_name else f"--run-name {stem} asks them again"
     return ResultSet(stem, Target(adapter, template, frame), store, record, cure, files=files)
 
 

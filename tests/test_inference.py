@@ -220,7 +220,7 @@ class TestWithRay:
             inference.run(replace(config, num_workers=1))
         with contextlib.ExitStack() as stack:  # nothing was made that way, so another way is free to take the name
             base, models = describe_models(config)
-            assert open_results(replace(config, compute_dtype="fp32"), stack, Path(config.data), "transformers", base, models[0], 1).name == "run"
+            assert open_results(replace(config, compute_dtype="fp32"), stack, Path(config.data), "transformers", base, models[0]).name == "run"
 
     def test_a_worker_that_gets_no_engine_leaves_all_rows_to_the_others(self, config, fake, asked, tmp_path):
         fake(seconds=0.02, refused=str(tmp_path / "refused"))
@@ -305,8 +305,20 @@ class TestWithRay:
         path.with_name("run-two.manifest.json").unlink()
         with contextlib.ExitStack() as stack:  # of the two, only what is gone is to do again
             base, models = describe_models(both)
-            again = [open_results(both, stack, Path(config.data), "transformers", base, model, 2) for model in models]
+            again = [open_results(both, stack, Path(config.data), "transformers", base, model) for model in models]
             assert [each.store.count() for each in again] == [NUM_ROWS, 0]
+
+    def test_results_of_one_pass_can_be_named_each_by_itself_also_those_of_a_base_called_as_its_adapter(self, config, fake, asked, tmp_path):
+        base, adapter = tmp_path / "bases/one", tmp_path / "one"
+        shutil.copytree(TINY_BASE, base)
+        make_adapter(adapter)
+        named = replace(config, model=str(base), adapters=(str(adapter),), run_name="", run_names=("base", "tuned"), num_workers=1)
+        path = inference.run(named)
+        thoughts = [check_complete(path.with_name(f"{name}.jsonl"))[3]["thought_process"] for name in ("base", "tuned")]
+        assert path.name == "base.jsonl" and thoughts == ["base: pair 3", "one: pair 3"]
+        assert len(asked.processes()) == 1
+        inference.run(replace(config, model=str(adapter), base_model=str(base), run_name="tuned", num_workers=1))  # alone, the same run
+        assert set(asked.count().values()) == {2}
 
     def test_samples_of_unlabelled_pairs_have_seeds_of_their_own_vote_and_are_as_long_as_a_column_says(self, config, fake, asked):
         write_pairs(Path(config.data), labelled=False, tokens=[index + 1 for index in range(NUM_ROWS)])
@@ -357,6 +369,10 @@ CONFLICTS = {
     "a KV cache in fp8 without vllm": ({"kv_cache_dtype": "fp8", "engine": "transformers"}, "kv_cache_dtype fp8 is not for engine transformers"),
     "no model": ({"model": ""}, "model or one of the adapters is empty"),
     "no adapter": ({"adapters": ("models/a", "")}, "model or one of the adapters is empty"),
+    "names for other models": ({"run_names": ("a", "b")}, "run_names takes the place of run_name, with a name of its own for each of the 1 models"),
+    "one name twice": ({"run_name": "", "adapters": ("b",), "run_names": ("a", "a")}, "with a name of its own for each of the 2 models"),
+    "a list of names with a folder": ({"run_name": "", "run_names": ("a/b",)}, "run_name 'a/b' is no file name"),
+    "an empty name in a list": ({"run_name": "", "run_names": ("",)}, "run_name '' is no file name"),
     "a name with a folder": ({"run_name": "a/b"}, "run_name 'a/b' is no file name; name the folder by results_dir"),
     "a name of dots": ({"run_name": ".."}, "run_name '..' is no file name"),
     "a name that no file can have": ({"run_name": "a\0b"}, "is no file name"),
@@ -402,7 +418,7 @@ def test_what_ends_a_run_is_told_though_the_manifest_cannot_be_written_any_more(
         raise StorageError(f"{path}: cannot be written")
 
     def open_run(stack):
-        return open_results(config, stack, Path(config.data), "transformers", base, model, 1)
+        return open_results(config, stack, Path(config.data), "transformers", base, model)
 
     def fail() -> None:
         with monkeypatch.context() as patch, contextlib.ExitStack() as stack:
@@ -420,17 +436,17 @@ def test_the_type_of_the_kv_cache_is_part_of_a_results_name(config):
     config = replace(config, run_name="", kv_cache_dtype="fp8")
     base, (model,) = describe_models(config)
     with contextlib.ExitStack() as stack:
-        results = open_results(config, stack, Path(config.data), "vllm", base, model, 1)
+        results = open_results(config, stack, Path(config.data), "vllm", base, model)
         assert "-nf4-kv_fp8-pairs-" in results.name and results.target.frame["precision"] == "nf4-kv_fp8"
 
 
 def test_a_run_without_a_name_goes_on_with_an_interrupted_one_of_the_same_kind(config, monkeypatch):
     config = replace(config, run_name="")
     source = Path(config.data)
-    base, (model,) = describe_models(config)
 
     def open_run(stack, config=config):
-        return open_results(config, stack, source, "transformers", base, model, 1)
+        base, (model,) = describe_models(config)
+        return open_results(config, stack, source, "transformers", base, model)
 
     stopped = contextlib.ExitStack()
     first = open_run(stopped)
@@ -457,9 +473,9 @@ def test_of_two_runs_of_one_name_that_start_at_once_the_second_is_told_of_the_fi
     with contextlib.ExitStack() as stack:
         with contextlib.closing(lock_output(folder / "run.manifest.json")):
             with pytest.raises(ResumeError, match=f"process {os.getpid()} on .* is at work on run; wait for it"):
-                open_results(config, stack, Path(config.data), "transformers", base, model, 1)
+                open_results(config, stack, Path(config.data), "transformers", base, model)
             assert not list(folder.glob("*.sqlite*"))
-        assert open_results(config, stack, Path(config.data), "transformers", base, model, 1).store.count() == 0
+        assert open_results(config, stack, Path(config.data), "transformers", base, model).store.count() == 0
 
 
 def test_rows_of_another_file_are_refused_for_the_same_name(config, tmp_path):
@@ -467,11 +483,11 @@ def test_rows_of_another_file_are_refused_for_the_same_name(config, tmp_path):
     other = tmp_path / "dev.csv"
     write_pairs(other)
     with contextlib.ExitStack() as stack:
-        first = open_results(config, stack, Path(config.data), "transformers", base, model, 1)
+        first = open_results(config, stack, Path(config.data), "transformers", base, model)
         first.store.put([("0:9c", False, "{}")])
         first.record.finish({})
         with pytest.raises(ResumeError, match=f"data: '{Path(config.data).name}' -> 'dev.csv'"):
-            open_results(config, stack, other, "transformers", base, model, 1)
+            open_results(config, stack, other, "transformers", base, model)
 
 
 @pytest.mark.parametrize("template", ["[INST] P: {premise} H: {hypothesis}[/INST] ", "P: {premise} [INST] H: {hypothesis}"])
@@ -494,7 +510,7 @@ def test_a_run_whose_files_cannot_all_be_written_is_not_finished(config, monkeyp
     base, (model,) = describe_models(config)
     with Worklist(tmp_path / "rows.sqlite") as worklist, contextlib.ExitStack() as stack:
         worklist.fill(((row, row_key(row).encode()) for row in rows), tmp_path / "pairs.csv")
-        results = open_results(config, stack, Path(config.data), "transformers", base, model, 1)
+        results = open_results(config, stack, Path(config.data), "transformers", base, model)
         results.store.put([(row_key(rows[0]), True, json.dumps(to_failed(results.target.frame, "gone")))])
         timing = describe_figures({}, 0, 1.0)
         with monkeypatch.context() as patch:

@@ -64,7 +64,10 @@ def test_every_stage_gets_absolute_files(config):
     root = Path("/out")
     settled = settle(config)
     assert Path(settled.train.base_model).is_absolute()
-    assert {item.base_model for item in plan_inference(settled, root)} == {"", settled.train.base_model}
+    answered = plan_inference(settled, root)
+    assert (answered.model, answered.run_names) == (settled.train.base_model, ("base", "correct_only", "reflected", "unmodified"))
+    assert answered.adapters == ("/out/models/correct_only", "/out/models/reflected", "/out/models/unmodified")
+    assert Path(answered.data).is_absolute()
     assert plan_sweep(settled, root).train_files == "/out/data/finetune/{ablation}_train.jsonl"
     assert plan_sweep(settled, root).train.dev_file == "/out/data/finetune/reflected_dev.jsonl"
     assert plan_evaluation(settled, root).names == ("teacher", "base", "correct_only", "reflected", "unmodified")
