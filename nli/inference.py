@@ -158,7 +158,7 @@ def run(config: InferenceConfig) -> Path:
             stack.enter_context(connected(config.gpu))
             settings = EngineSettings(
                 base=base,
-                adapters=tuple(each.target.adapter for each in sets if each.target.adapter),
+                adapters=tuple(each.target.adapter for each in sets if each.target.adapter and each.num_pending),
                 precision=config.precision,
                 compute_dtype=config.compute_dtype,
                 decoding=config.decoding(),

@@ -59,6 +59,8 @@ class FakeEngine:
         return self._pool.submit(self._answer, request)
 
     def _answer(self, request: Request) -> Generation:
+        if request.adapter is not None and request.adapter not in self._settings.adapters:
+            raise ValueError(f"{request.adapter} is not loaded")
         premise = request.prompt.split("Premise: ")[1].split("\nHypothesis: ")[0]
         if self._fake.company:
             wait_until(lambda: len(Path(f"{self._fake.log}.loaded").read_text(encoding="utf-8").splitlines()) >= self._fake.company)
@@ -83,7 +85,8 @@ class FakeEngine:
         return Generation(text, "stop", len(request.prompt), request.num_tokens or len(text), probability=0.25 + 0.5 * label)
 
     def figures(self) -> dict:
-        return {"load_seconds": self._fake.load_seconds, "compile_seconds": None, "peak_memory_gb": None, "batch_size": self._fake.at_once}
+        told = {"load_seconds": self._fake.load_seconds, "compile_seconds": None, "peak_memory_gb": None, "batch_size": self._fake.at_once}
+        return told | {"num_adapters": len(self._settings.adapters)}
 
     def close(self) -> None:
         self._pool.shutdown()

@@ -307,6 +307,8 @@ class TestWithRay:
             base, models = describe_models(both)
             again = [open_results(both, stack, Path(config.data), "transformers", base, model) for model in models]
             assert [each.store.count() for each in again] == [NUM_ROWS, 0]
+        engines = [json.loads(inference.run(both).with_name(f"run-{name}.json").read_text())["timing"]["engines"] for name in ("one", "two")]
+        assert [[engine["num_adapters"] for engine in each] for each in engines] == [[2], [1]]  # no adapter is loaded for nothing
 
     def test_results_of_one_pass_can_be_named_each_by_itself_also_those_of_a_base_called_as_its_adapter(self, config, fake, asked, tmp_path):
         base, adapter = tmp_path / "bases/one", tmp_path / "one"
