@@ -91,11 +91,11 @@ def check_gpu_choice(gpu: int | None, use_gpu: bool | None = None) -> None:
         raise ConfigError(f"--gpu {gpu}: this machine has {num_gpus} {'GPU' if num_gpus == 1 else 'GPUs'}, counted from 0.")
 
 
-def check_workers_fit(num_workers: int, each: Mapping[str, float], label: str, extra_cpus: float = 0.0) -> None:
+def check_workers_fit(num_workers: int, each: Mapping[str, float], label: str, extra_cpus: float = 0.0, is_next: bool = True) -> None:
     """Raise ConfigError if the connected cluster has less of something than `num_workers` reserve, for Ray would wait for more without end.
 
     Whether a cluster grows cannot be asked of Ray. One that is this machine alone does not, unless `ray up` made it (its ~/ray_bootstrap_config.yaml is
-    there) or it runs in Kubernetes. Where it may grow, a line says what is waited for.
+    there) or it runs in Kubernetes. Where it may grow, a line says what is waited for, if the workers are what comes next.
     """
     import ray
 
@@ -109,7 +109,8 @@ def check_workers_fit(num_workers: int, each: Mapping[str, float], label: str, e
                 f"num_workers {num_workers} need {needed[name]:g} {name}s and the cluster has {have.get(name, 0):g}. "
                 "Take fewer workers (num_workers, cpus_per_worker), or join a larger cluster."
             )
-        print(f"{label}: waiting for {needed[name]:g} {name}s; the cluster has {have.get(name, 0):g} now", flush=True)
+        if is_next:
+            print(f"{label}: waiting for {needed[name]:g} {name}s; the cluster has {have.get(name, 0):g} now", flush=True)
 
 
 def finds_cluster() -> bool:

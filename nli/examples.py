@@ -20,7 +20,8 @@ from nli.records import Answer, Reflection, Score
 from nli.storage import summarise_faults
 
 _OWN_COLUMNS = (set(Answer.model_fields) | set(Score.model_fields) | set(Reflection.model_fields)) - {"id", "premise", "hypothesis", "true_label"}
-_PAIR_COLUMNS = {"id", "premise", "hypothesis", "label", "true_label"}
+_LABEL_COLUMNS = {"label", "true_label"}
+_PAIR_COLUMNS = {"id", "premise", "hypothesis"} | _LABEL_COLUMNS
 _COUNT = re.compile("[1-9][0-9]{0,5}")
 _LABELS = {"0": 0, "1": 1, "": None}
 
@@ -144,12 +145,13 @@ def _check_header(path: Path, header: Sequence[str], need_labels: bool) -> None:
         hints = "".join(nearest(name, header) for name in missing)
         raise DataError(f"{path}:1: no column {' and no column '.join(missing)}; the header is {','.join(header)}.{hints}")
     meant = {name: name.strip().lower() for name in header if name not in _PAIR_COLUMNS}
-    alike = [f"{name!r} is not {known}" for name, known in meant.items() if known in _PAIR_COLUMNS and known not in header]
+    lacking = _PAIR_COLUMNS - set(header) - (_LABEL_COLUMNS if _LABEL_COLUMNS & set(header) else set())
+    alike = [f"{name!r} is not {known}" for name, known in meant.items() if known in lacking]
     if alike:
         raise DataError(f"{path}:1: column {' and column '.join(alike)}, but would ride along as any other text; rename it.")
     repeated = sorted({name for name in header if header.count(name) > 1})
     own = sorted(_OWN_COLUMNS & set(header))
-    both = {"label", "true_label"} <= set(header)
+    both = set(header) >= _LABEL_COLUMNS
     if repeated or own or both:
         names = ", ".join(repeated or own or ["label", "true_label"])
         reason = "stands twice" if repeated else "is written by this project" if own else "mean the same"

@@ -146,14 +146,16 @@ def run(config: InferenceConfig) -> Path:
         base, models = describe_models(config)
         if finds_cluster():
             stack.enter_context(connected(config.gpu))
-        device = "cuda:0" if (has_gpus() if config.use_gpu is None else config.use_gpu) else "cpu"
+        device = choose_device(config)
         engine = choose_engine(config.engine, config.precision, device, config.compute_dtype, config.kv_cache_dtype)
         sets = [open_results(config, stack, source, engine, base, model) for model in models]
         rows = f"{num_rows} {'labelled' if True in labelled else 'unlabelled'} rows"
         for index, each in enumerate(sets):
             each.num_pending = worklist.list_pending(_finding_done(each.store), index)
             print(f"inference: {each.name}: {rows}, {num_rows - each.num_pending} answered already, {each.num_pending} to do", flush=True)
-        figures = {}
+        for each in sets:
+            if not each.num_pending:  # is complete, whatever becomes of the others
+                write_results(each, worklist, describe_figures({}, 0, time.monotonic() - started))
         if any(each.num_pending for each in sets):
             stack.enter_context(connected(config.gpu))
             settings = EngineSettings(
@@ -167,9 +169,26 @@ def run(config: InferenceConfig) -> Path:
                 kv_cache_dtype=config.kv_cache_dtype,
             )
             figures = answer(config, engine, settings, sets, worklist)
-        for index, each in enumerate(sets):
-            write_results(each, worklist, describe_figures(figures, index, time.monotonic() - started))
+            for index, each in enumerate(sets):
+                if each.num_pending:
+                    write_results(each, worklist, describe_figures(figures, index, time.monotonic() - started))
     return sets[0].files["jsonl"]
+
+
+def choose_device(config: InferenceConfig) -> str:
+    """What engines of this run work on: "cuda:0", a worker's only one, or "cpu"."""
+    return "cuda:0" if (has_gpus() if config.use_gpu is None else config.use_gpu) else "cpu"
+
+
+def plan_workers(config: InferenceConfig, device: str, is_next: bool = True) -> tuple[int, dict[str, float]]:
+    """How many workers, and what each reserves. Raises ConfigError if the connected cluster has no room for them and does not grow."""
+    import ray
+
+    num_gpus = int(ray.cluster_resources().get("GPU", 0))  # of one machine, perhaps fewer than it has: --gpu and CUDA_VISIBLE_DEVICES choose
+    num_workers = config.num_workers or max(1, num_gpus if device != "cpu" else 1)
+    resources = {"CPU": config.cpus_per_worker} | ({} if device == "cpu" else {"GPU": 1})
+    check_workers_fit(num_workers, resources, "inference", is_next=is_next)
+    return num_workers, resources
 
 
 def has_gpus() -> bool:
@@ -185,10 +204,7 @@ def answer(config: InferenceConfig, engine: str, settings: EngineSettings, sets:
     """Have all pending rows answered and stored; returns what the desk and the engines tell of it."""
     import ray
 
-    num_gpus = int(ray.cluster_resources().get("GPU", 0))  # of one machine, perhaps fewer than it has: --gpu and CUDA_VISIBLE_DEVICES choose
-    num_workers = config.num_workers or max(1, num_gpus if settings.device != "cpu" else 1)
-    resources = {"CPU": config.cpus_per_worker} | ({} if settings.device == "cpu" else {"GPU": 1})
-    check_workers_fit(num_workers, resources, "inference")
+    num_workers, resources = plan_workers(config, settings.device)
     num_pending = sum(each.num_pending for each in sets)
     size, most_held = plan_ticket(engine, settings, config.num_samples, num_pending)
     desk = start_desk(worklist.path, [each.store.path for each in sets], most_held, [each.target.frame for each in sets], num_workers)
@@ -230,7 +246,7 @@ def write_results(results: ResultSet, worklist: Worklist, timing: Mapping) -> No
     record = results.record
     tally = write_answers(worklist, results.store, results.files["jsonl"])
     write_table(results.files["jsonl"])
-    counts = tally.counts() | {name: timing[name] for name in ("rows_computed", "seconds", "rows_per_second")}
+    counts = tally.counts() | {name: timing[name] for name in ("rows_computed", "rows_in_pass", "seconds", "rows_per_second")}
     attempts = record.manifest["attempts"]
     attempts[-1] |= {"seconds": timing["seconds"]} | ({"timing": dict(timing)} if timing["rows_computed"] else {})
     latest = next((attempt["timing"] for attempt in reversed(attempts) if "timing" in attempt), timing)

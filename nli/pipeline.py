@@ -29,6 +29,7 @@ from nli.inference import InferenceConfig
 from nli.model import check_base
 from nli.records import ABLATIONS, Ablation
 from nli.reflections import GenerateReflectionsConfig
+from nli.runs import read_manifest
 from nli.sft import TrainConfig
 from nli.sft_data import PrepareSFTDataConfig
 from nli.storage import resolve_input, resolve_model, resolve_output
@@ -90,6 +91,7 @@ def run(config: PipelineConfig) -> Path:
     config = settle(config)
     check(config, root)
     with connected(config.train.gpu):
+        check_room(config, root)
         generate(config, root)
         prepare(config, root)
         _heading("4 SFT")
@@ -130,6 +132,21 @@ def check(config: PipelineConfig, root: Path) -> None:
             raise DataError(f"{len(shared)} pairs stand in both the {left} and the {right} file, the first: {first}. Remove them from one of the two.")
         if premises := shared_premises(splits[left], splits[right]):
             print(f"pipeline: warning: {len(premises)} premises stand in both the {left} and the {right} file", flush=True)
+
+
+def check_room(config: PipelineConfig, root: Path) -> None:
+    """Raise ConfigError if the workers of a later stage that is not finished have no room on this cluster."""
+
+    def is_open(*outputs: str) -> bool:
+        return any((manifest := read_manifest(root / f"{output}manifest.json")) is None or manifest["status"] != "finished" for output in outputs)
+
+    if is_open(*(f"models/{ablation}/" for ablation in config.ablations)):
+        sft.check_room(config.train, is_next=False)
+    if config.run_sweep and is_open("sweep/"):
+        sft.check_room(config.sweep.train, sweep.TRIAL_CPUS, is_next=False)
+    answering = plan_inference(config, root)
+    if is_open(*(f"results/{name}." for name in answering.run_names)):
+        inference.plan_workers(answering, inference.choose_device(answering), is_next=False)
 
 
 def generate(config: PipelineConfig, root: Path) -> None:

@@ -201,7 +201,7 @@ def describe_stage(path: Path) -> dict:
 
 def describe_stages(stages: Sequence[Mapping]) -> dict:
     """The report's section of the earlier stages."""
-    note = "Seconds over all attempts of a stage; an attempt that was killed has none."
+    note = "Seconds over all attempts of a stage; an attempt that was killed has none, and models that were answered in one pass have the whole pass's each."
     return {"title": "Stages", "note": note, "rows": [{key: value for key, value in stage.items() if key != "manifest"} for stage in stages]}
 
 

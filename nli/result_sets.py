@@ -1,7 +1,7 @@
 """Which models an inference run asks, and where the results of each lie.
 
     base, models = describe_models(config)          -> "/models/base", [Model("reflected", "/models/reflected", "[INST] …"), Model("unmodified", …), …]
-    sets = [open_results(config, stack, source, "vllm", base, model, len(models)) for model in models]
+    sets = [open_results(config, stack, source, "vllm", base, model) for model in models]
     sets[0].files["jsonl"]                          -> results/reflected-nf4-test-20260114_090512.jsonl
 
 Results have the name that the user gives, that of an interrupted run of the same model, settings and data, or a new one. A manifest beside them holds what
@@ -9,15 +9,16 @@ decides an answer, and work that was made another way is refused.
 """
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from nli.adapter_files import find_weights
+from nli.adapter_files import find_weights, read_adapter_config
 from nli.answer_store import AnswerStore
-from nli.checkpoints import describe_model, fingerprint_model, resolve_template
+from nli.checkpoints import describe_model, fingerprint_model, read_card, resolve_template
 from nli.errors import ConfigError, DataError, ModelError, ResumeError, StorageError
 from nli.model import check_base
 from nli.prompts import STUDENT_PROMPT_NAME, prompt_sha256
@@ -63,11 +64,14 @@ def describe_models(config: "InferenceConfig") -> tuple[str, list[Model]]:
     models = [Model(_name(model), adapter, resolve_template(adapter or model, template_file))]
     for path in config.adapters:
         folder = resolve_model(path, config.storage_root)
-        its_base, its_adapter = describe_model(folder, base_model or base)
+        _, its_adapter = describe_model(folder, base_model or base)
+        if its_adapter is None and not Path(folder).is_dir():
+            raise ModelError(f"{path}: no such adapter folder, and no adapter that the hub has under this name.")
         if its_adapter is None:
             raise ModelError(f"{path}: a model of its own, not an adapter; give it as --model, in a run of its own.")
-        if its_base != base and fingerprint_model(its_base) != fingerprint_model(base):
-            raise ModelError(f"{path}: the adapter's base is {its_base}, not {base}; one pass has one base.")
+        named = read_adapter_config(Path(its_adapter)).get("base_model_name_or_path") or base
+        if not base_model and read_card(Path(its_adapter)) is None and base not in (named, os.path.abspath(named)):
+            print(f"inference: warning: {path} names {named} as its base and is asked on {base}; only their shapes are known to agree", flush=True)
         models.append(Model(_name(folder), its_adapter, resolve_template(its_adapter, template_file)))
     for each in models:
         try:
@@ -89,6 +93,7 @@ def describe_models(config: "InferenceConfig") -> tuple[str, list[Model]]:
 def open_results(config: "InferenceConfig", stack: contextlib.ExitStack, source: Path, engine: str, base: str, model: Model) -> ResultSet:
     """The result set of one model: named, its manifest checked, its store open."""
     name, adapter, template, run_name = model
+    is_of_several = bool(config.adapters)
     identity = {
         "base": fingerprint_model(base),
         "adapter": sha256_file(find_weights(Path(adapter))) if adapter else None,
@@ -108,8 +113,10 @@ def open_results(config: "InferenceConfig", stack: contextlib.ExitStack, source:
     store = stack.enter_context(contextlib.closing(AnswerStore(files["answers.sqlite"])))
     store.check()
     is_empty = store.count() == 0
+    if is_of_several:  # what would run this model alone
+        config = replace(config, model=adapter or base, base_model=base if adapter else "", adapters=(), run_name=run_name, run_names=())
     record = start_run(files["manifest.json"], "inference", identity, config, [source], files["jsonl"].exists() or not is_empty, lock)
-    stack.enter_context(_stopping_on_error(record))
+    stack.enter_context(_stopping_on_error(record, store))
     if is_empty and files["jsonl"].exists():
         store.read_in(files["jsonl"])
     frame = {
@@ -119,8 +126,8 @@ def open_results(config: "InferenceConfig", stack: contextlib.ExitStack, source:
         "precision": config.named_precision(),
         "engine": engine,
     }
-    cure = "the same command asks them again" if run_name else f"--run-name {stem} asks them again"
-    return ResultSet(stem, Target(adapter, template, frame), store, record, cure, files=files)
+    again = "the same command" if run_name else "--run-names, with the names of these files," if is_of_several else f"--run-name {stem}"
+    return ResultSet(stem, Target(adapter, template, frame), store, record, f"{again} asks them again", files=files)
 
 
 def find_interrupted(folder: Path, identity: Mapping, source: Path) -> str | None:
@@ -140,12 +147,15 @@ def name_results(model: str, precision: str, source: Path) -> str:
 
 
 @contextlib.contextmanager
-def _stopping_on_error(record: Run) -> Iterator[None]:
+def _stopping_on_error(record: Run, store: AnswerStore) -> Iterator[None]:
     try:
         yield
     except BaseException:
         with contextlib.suppress(StorageError):  # on a full disk; what ended the run is to be told
-            record.stop(record.manifest["counts"])
+            if record.was_finished and record.manifest["status"] == "running" and not store.count_since(store.started_at)[0]:
+                record.withdraw()  # another model of the run failed, or was refused
+            else:
+                record.stop(record.manifest["counts"])
         raise
 
 

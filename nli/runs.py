@@ -32,15 +32,20 @@ _PACKAGES = ("ray", "torch", "transformers", "trl", "peft", "bitsandbytes", "acc
 
 @dataclass
 class Run:
-    """One attempt at a stage. `was_finished` tells that an earlier attempt ended well."""
+    """One attempt at a stage. `earlier` is the manifest of the one before."""
 
     path: Path
     manifest: dict
-    was_finished: bool
+    earlier: dict | None
     has_same_inputs: bool
     """as the attempt before it"""
     _lock: TextIO
     _clock: float = field(default_factory=time.monotonic)
+
+    @property
+    def was_finished(self) -> bool:
+        """Whether an earlier attempt ended well."""
+        return self.earlier is not None and self.earlier["status"] == "finished"
 
     def finish(self, counts: Mapping) -> None:
         """Record that the stage is complete, with its counts and the seconds of this attempt, and let others at the output."""
@@ -55,10 +60,17 @@ class Run:
         finally:
             self._lock.close()
 
+    def withdraw(self) -> None:
+        """Put back the manifest of before an attempt that made nothing, and let others at the output."""
+        try:
+            _write(self.path, self.earlier)
+        finally:
+            self._lock.close()
+
     def _save(self, counts: Mapping) -> None:
         self.manifest["attempts"][-1]["seconds"] = round(time.monotonic() - self._clock, 2)
         self.manifest["counts"] = dict(counts)
-        write_atomic(self.path, json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
+        _write(self.path, self.manifest)
 
 
 def start_run(
@@ -102,9 +114,13 @@ def start_run(
         "attempts": [*(earlier or {}).get("attempts", []), {"started": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": None}],
         "counts": (earlier or {}).get("counts", {}),
     }
-    write_atomic(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    _write(path, manifest)
     has_same_inputs = earlier is not None and earlier.get("inputs") == manifest["inputs"]
-    return Run(path, manifest, earlier is not None and earlier["status"] == "finished", has_same_inputs, lock)
+    return Run(path, manifest, earlier, has_same_inputs, lock)
+
+
+def _write(path: Path, manifest: Mapping) -> None:
+    write_atomic(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
 def _describe_input(path: Path) -> dict:

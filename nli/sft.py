@@ -107,9 +107,13 @@ def check_folder(plan: FitPlan) -> None:
         raise ResumeError(f"{plan.output} holds a run that was made another way:\n  " + "\n  ".join(differences) + f"\n{cure}")
 
 
-def check_room(config: TrainConfig, use_gpu: bool, extra_cpus: float = 0.0) -> None:
-    """`check_workers_fit` for the workers of a training. `extra_cpus` is what the caller reserves beside them."""
-    check_workers_fit(config.num_workers, worker_resources(config, use_gpu), "sft", extra_cpus)
+def check_room(config: TrainConfig, extra_cpus: float = 0.0, is_next: bool = True) -> bool:
+    """`check_workers_fit` for the workers of a training; returns whether they use GPUs. `extra_cpus` is what the caller reserves beside them."""
+    import ray
+
+    use_gpu = ray.cluster_resources().get("GPU", 0) > 0 if config.use_gpu is None else config.use_gpu
+    check_workers_fit(config.num_workers, worker_resources(config, use_gpu), "sft", extra_cpus, is_next)
+    return use_gpu
 
 
 def show_preflight(plan: FitPlan) -> None:
@@ -133,14 +137,12 @@ def show_loss(loss: float | None) -> str:
 def fit(plan: FitPlan, callbacks: Sequence = ()) -> dict:
     """Train by Ray Train; returns the result, which is in the manifest too. `callbacks` are Ray Train's (a sweep passes its reporter)."""
     import pyarrow.parquet as pq
-    import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     config = plan.config
     check_folder(plan)
-    use_gpu = ray.cluster_resources().get("GPU", 0) > 0 if config.use_gpu is None else config.use_gpu
-    check_room(config, use_gpu)
+    use_gpu = check_room(config)
     splits = read_splits(plan.inputs)
     tokenised, num_dropped = tokenise(plan, splits)  # before the manifest: what it refuses can be mended by another config
     report = describe_run(config, splits, pq.read_table(tokenised), plan.output, on_cpu=not use_gpu)

@@ -52,9 +52,9 @@ def resolve_input(path: str, storage_root: str) -> Path:
 
 
 def resolve_model(name: str, storage_root: str) -> str:
-    """A model's folder, looked for as `resolve_input` does; a name that is no folder stays what it is, for it may be the hub's."""
-    folder = next((folder for folder in (_root(storage_root) / name, Path(name)) if name and folder.is_dir()), name)
-    return os.path.abspath(folder) if isinstance(folder, Path) else name
+    """A model's folder, looked for as `resolve_input` does; a name that nothing here has stays what it is, for it may be the hub's."""
+    found = next((path for path in (_root(storage_root) / name, Path(name)) if name and path.exists()), None)
+    return os.path.abspath(found) if found else name
 
 
 def _root(storage_root: str) -> Path:

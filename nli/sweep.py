@@ -30,7 +30,7 @@ from nli.sft import FitPlan, TrainConfig, check_folder, check_room, fit, plan_fi
 from nli.storage import resolve_output, write_atomic
 
 STOPPED = "stopped.json"
-_TRIAL_CPUS = 0.01  # a trial only drives its training workers, which reserve their own
+TRIAL_CPUS = 0.01  # a trial only drives its training workers, which reserve their own
 _NO_AXES = {"num_workers", "cpus_per_worker", "gpu", "max_failures", "log_steps", "keep_checkpoints", "watch_rows"}  # they change no result
 
 
@@ -191,8 +191,7 @@ def run_trials(plans: Mapping[str, FitPlan], config: SweepConfig, output: Path) 
         fit(plans[parameters["name"]], callbacks=[TuneReportCallback()])
 
     resources = ray.cluster_resources()
-    use_gpu = resources.get("GPU", 0) > 0 if config.train.use_gpu is None else config.train.use_gpu
-    check_room(config.train, use_gpu, extra_cpus=_TRIAL_CPUS)
+    use_gpu = check_room(config.train, TRIAL_CPUS)
     needed = worker_resources(config.train, use_gpu)
     room = min(resources.get(name, 0) / (amount * config.train.num_workers) for name, amount in needed.items())
     concurrent = config.max_concurrent_trials or max(1, int(room))
@@ -200,7 +199,7 @@ def run_trials(plans: Mapping[str, FitPlan], config: SweepConfig, output: Path) 
     asha = RecordingASHA(**clock, max_t=10**9)
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     tuner = tune.Tuner(
-        tune.with_resources(trial, {"CPU": _TRIAL_CPUS}),
+        tune.with_resources(trial, {"CPU": TRIAL_CPUS}),
         param_space={"name": tune.grid_search(list(plans))},
         tune_config=tune.TuneConfig(
             metric="eval_loss", mode="min", max_concurrent_trials=concurrent, scheduler=asha if config.scheduler == "asha" else None, reuse_actors=False

@@ -125,6 +125,11 @@ def test_other_columns_ride_along_as_text(pairs):
     assert rows == [{"id": "0", "premise": "a", "hypothesis": "b", "true_label": 1, "genre": "fiction", "year": "1999"}]
 
 
+def test_a_column_may_look_like_a_label_beside_the_label(pairs):
+    rows = read_examples(write(pairs, "premise,hypothesis,true_label,Label\na,b,1,entailed\n"))
+    assert rows == [{"id": "0", "premise": "a", "hypothesis": "b", "true_label": 1, "Label": "entailed"}]
+
+
 def test_only_the_first_rows_are_read_when_a_number_is_given(pairs):
     write(pairs, "premise,hypothesis,label\na,b,1\nc,d,0\ne,f,seven\n")
     assert [row["premise"] for row in read_examples(pairs, max_rows=2)] == ["a", "c"]
@@ -186,6 +191,7 @@ def test_a_column_that_an_answer_would_overwrite_is_refused(refusal, column):
         ("Premise,Hypothesis\na,b\n", "pairs.csv:1: no column premise and no column hypothesis; the header is Premise,Hypothesis."),
         ("a,b\n", "pairs.csv:1: no column premise and no column hypothesis; the header is a,b."),
         ("premise;hypothesis\na;b\n", "pairs.csv:1: no column premise and no column hypothesis; the header is premise;hypothesis."),
+        ("premise,hypothesis,label,ID\na,b,1,7\n", "pairs.csv:1: column 'ID' is not id"),
         ("premise,hypothesis,Label\na,b,1\n", "pairs.csv:1: column 'Label' is not label, but would ride along as any other text; rename it."),
         ("ID,premise,hypothesis, label\n7,a,b,1\n", "pairs.csv:1: column 'ID' is not id and column ' label' is not label, but"),
         ("premise,hypothesis,premise\na,b,c\n", "pairs.csv:1: column premise stands twice; rename or remove it."),

@@ -309,6 +309,14 @@ class TestWithRay:
             assert [each.store.count() for each in again] == [NUM_ROWS, 0]
         engines = [json.loads(inference.run(both).with_name(f"run-{name}.json").read_text())["timing"]["engines"] for name in ("one", "two")]
         assert [[engine["num_adapters"] for engine in each] for each in engines] == [[2], [1]]  # no adapter is loaded for nothing
+        path.with_name("run-two.answers.sqlite").unlink()
+        path.with_name("run-two.jsonl").unlink()
+        path.with_name("run-two.manifest.json").unlink()
+        fake(dies_when_loading=True)
+        with pytest.raises(ModelError, match="3 starts in a row ended"):
+            inference.run(both)
+        manifests = [json.loads(path.with_name(f"run-{name}.manifest.json").read_text()) for name in ("one", "two")]
+        assert [(manifest["status"], len(manifest["attempts"])) for manifest in manifests] == [("finished", 3), ("running", 1)]
 
     def test_results_of_one_pass_can_be_named_each_by_itself_also_those_of_a_base_called_as_its_adapter(self, config, fake, asked, tmp_path):
         base, adapter = tmp_path / "bases/one", tmp_path / "one"
@@ -408,9 +416,50 @@ def test_models_of_several_bases_or_of_one_name_are_refused(config, tmp_path):
         inference.run(replace(config, adapters=(str(tmp_path / "other"),)))
     with pytest.raises(ModelError, match="a model of its own, not an adapter"):
         inference.run(replace(config, adapters=(TINY_BASE,)))
+    with pytest.raises(ModelError, match="^models/nowhere: no such adapter folder, and no adapter that the hub has"):
+        inference.run(replace(config, adapters=("models/nowhere",)))
     with pytest.raises(ConfigError, match="two of the models are called one"):
         inference.run(replace(config, adapters=(str(tmp_path / "a/one"), str(tmp_path / "b/one"))))
     assert not (tmp_path / "results").exists()
+
+
+def test_a_refused_model_leaves_the_finished_results_of_the_others_as_they_were(config, tmp_path):
+    for name in ("one", "two"):
+        make_adapter(tmp_path / name)
+    both = replace(config, model=str(tmp_path / "one"), adapters=(str(tmp_path / "two"),))
+    with contextlib.ExitStack() as stack:
+        base, models = describe_models(both)
+        for model in models:
+            each = open_results(both, stack, Path(config.data), "transformers", base, model)
+            each.store.put([("0:9c", False, "{}")])
+            each.record.finish({"rows": 1})
+    manifests = [Path(config.results_dir) / f"run-{name}.manifest.json" for name in ("one", "two")]
+    assert json.loads(manifests[1].read_text())["config"]["model"] == str(tmp_path / "two")
+    before = [path.read_bytes() for path in manifests]
+    shutil.rmtree(tmp_path / "two")
+    (tmp_path / "other").mkdir()
+    make_adapter(tmp_path / "other/again")
+    (tmp_path / "other/again").rename(tmp_path / "two")
+    unnamed = replace(both, run_name="")
+    with contextlib.ExitStack() as stack:
+        cures = [open_results(unnamed, stack, Path(config.data), "transformers", base, model).cure for model in describe_models(unnamed)[1]]
+    assert cures == ["--run-names, with the names of these files, asks them again"] * 2
+    with pytest.raises(ResumeError, match="made another way .run-two.manifest.json.:\n  adapter: "):
+        inference.run(both)
+    assert [path.read_bytes() for path in manifests] == before
+
+
+def test_an_adapter_of_unknown_training_that_names_another_base_is_told_of(config, tmp_path, capsys):
+    make_adapter(tmp_path / "one")
+    (tmp_path / "one/nli.json").unlink()
+    (tmp_path / "prompt.txt").write_text("P: {premise} H: {hypothesis}")
+    foreign = replace(config, adapters=(str(tmp_path / "one"),), prompt_template=str(tmp_path / "prompt.txt"))
+    describe_models(foreign)
+    assert capsys.readouterr().out == ""
+    named = tmp_path / "one/adapter_config.json"
+    named.write_text(named.read_text().replace(TINY_BASE, "mistralai/Mistral-7B-Instruct-v0.3"))
+    describe_models(foreign)
+    assert f"one names mistralai/Mistral-7B-Instruct-v0.3 as its base and is asked on {TINY_BASE}" in capsys.readouterr().out
 
 
 def test_what_ends_a_run_is_told_though_the_manifest_cannot_be_written_any_more(config, monkeypatch):

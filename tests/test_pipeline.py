@@ -7,7 +7,8 @@ import pytest
 
 from nli.config import load_config
 from nli.errors import ConfigError, DataError
-from nli.pipeline import PipelineConfig, check, plan_evaluation, plan_inference, plan_sweep, settle
+from nli.pipeline import PipelineConfig, check, check_room, plan_evaluation, plan_inference, plan_sweep, settle
+from nli.runs import start_run
 from tests.conftest import REPOSITORY
 
 HEADER = "premise,hypothesis,label\n"
@@ -53,6 +54,30 @@ def test_a_sweep_without_any_of_the_ablations_is_refused_at_once(config, tmp_pat
 def test_teacher_and_student_must_answer_the_same_rows(config):
     with pytest.raises(ConfigError, match=r"thoughts.max_rows 5 and inference.max_rows 0 differ"):
         replace(config, thoughts=replace(config.thoughts, max_rows=5))
+
+
+def test_a_cluster_that_a_later_stage_does_not_fit_into_is_refused_before_the_first_call(config, tmp_path, monkeypatch, capsys):
+    import ray
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}])
+    config = settle(config)
+    check_room(config, tmp_path)
+    for stage, values in (("train", {"use_gpu": True}), ("inference", {"num_workers": 3})):
+        wide = replace(config, **{stage: replace(getattr(config, stage), **values)})
+        with pytest.raises(ConfigError, match=r"num_workers (1 need 1 GPUs and the cluster has 0|3 need 3 CPUs and the cluster has 2)"):
+            check_room(wide, tmp_path)
+        (tmp_path / "ray_bootstrap_config.yaml").write_text("")
+        check_room(wide, tmp_path)
+        (tmp_path / "ray_bootstrap_config.yaml").unlink()
+    assert capsys.readouterr().out == ""
+    for name in plan_inference(wide, tmp_path).run_names:  # nothing is left to do there
+        start_run(tmp_path / f"results/{name}.manifest.json", "inference", {}, wide).finish({})
+    check_room(wide, tmp_path)
+    with pytest.raises(ConfigError, match="num_workers 2 need 2.01 CPUs"):
+        check_room(replace(wide, sweep=replace(wide.sweep, train=replace(wide.sweep.train, num_workers=2))), tmp_path)
 
 
 def test_files_below_the_storage_root_are_found(config, tmp_path):

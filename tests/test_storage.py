@@ -87,6 +87,8 @@ def test_a_model_is_looked_for_like_an_input_and_a_name_that_is_no_folder_stays_
     assert resolve_model("org/model", "root") == str(here / "org/model")
     assert resolve_model("mistralai/Mistral-7B-v0.3", "root") == "mistralai/Mistral-7B-v0.3"
     assert resolve_model("", "root") == ""
+    (here / "org/weights.bin").write_bytes(b"")
+    assert resolve_model("org/weights.bin", "root") == str(here / "org/weights.bin")  # and not a name that the hub is asked for
 
 
 def test_a_missing_input_says_where_it_was_looked_for():

@@ -207,13 +207,13 @@ def test_too_small_a_cluster_is_refused_where_it_cannot_grow(monkeypatch, tmp_pa
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}, {"Alive": False}])
-    sft.check_room(TrainConfig(num_workers=2), use_gpu=False)
+    sft.check_room(TrainConfig(num_workers=2, use_gpu=False))
     with pytest.raises(ConfigError, match="num_workers 2 need 2 GPUs and the cluster has 0"):
-        sft.check_room(TrainConfig(num_workers=2), use_gpu=True)
+        sft.check_room(TrainConfig(num_workers=2, use_gpu=True))
     with pytest.raises(ConfigError, match="need 2.01 CPUs and the cluster has 2"):
-        sft.check_room(TrainConfig(num_workers=2), use_gpu=False, extra_cpus=0.01)
+        sft.check_room(TrainConfig(num_workers=2, use_gpu=False), extra_cpus=0.01)
     (tmp_path / "ray_bootstrap_config.yaml").write_text("")
-    sft.check_room(TrainConfig(num_workers=2), use_gpu=True)
+    sft.check_room(TrainConfig(num_workers=2, use_gpu=True))
     assert "waiting for 2 GPUs; the cluster has 0 now" in capsys.readouterr().out
 
 
