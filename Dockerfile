@@ -26,7 +26,7 @@ RUN case "$VARIANT" in \
         cpu) constraints=constraints.txt index=cpu extras="" ;; \
         *) echo "VARIANT is gpu or cpu, not $VARIANT" >&2; exit 2 ;; \
     esac \
-    && mkdir -p nli/sample ray_jobs \
+    && mkdir -p nli/{api,data,engines/transformers,engines/vllm,evaluation,inference,models,runtime,sample,task,teacher,training} ray_jobs \
     && pip install --no-cache-dir --index-url "https://download.pytorch.org/whl/$index" "$(grep '^torch==' "$constraints")" \
     && pip install --no-cache-dir -c "$constraints" -e ".$extras"
 
@@ -45,4 +45,4 @@ VOLUME ["/home/ray/huggingface"]
 
 # A node of a cluster is healthy while its head answers; a container that runs one command is, while the package can be imported.
 HEALTHCHECK --interval=60s --timeout=30s --start-period=120s --retries=3 \
-    CMD if [ -e /tmp/ray/ray_current_cluster ]; then ray health-check; else python -c "import nli.config"; fi
+    CMD if [ -e /tmp/ray/ray_current_cluster ]; then ray health-check; else python -c "import nli.runtime.config"; fi

@@ -13,7 +13,7 @@ import time
 from array import array
 from collections import Counter
 
-from nli.prices import find_price
+from nli.api.prices import find_price
 
 WINDOW_SECONDS = 60.0
 

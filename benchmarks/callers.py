@@ -13,15 +13,15 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
-from nli.asking import Teacher
-from nli.chat_api import chat_url, read_reply
-from nli.ledger import Ledger, new_owner
-from nli.ledger_file import LedgerReader
-from nli.limiter_client import LimiterClient
-from nli.parsing import ParseStatus, parse_reply
-from nli.prompts import TEACHER_PROMPTS
-from nli.services import GroupCommit, LedgerClient
-from nli.teacher import TeacherConfig, build_body
+from nli.api.chat import chat_url, read_reply
+from nli.api.ledger import Ledger, new_owner
+from nli.api.ledger_file import LedgerReader
+from nli.api.limiter_client import LimiterClient
+from nli.api.services import GroupCommit, LedgerClient
+from nli.task.parsing import ParseStatus, parse_reply
+from nli.task.prompts import TEACHER_PROMPTS
+from nli.teacher.online import Teacher
+from nli.teacher.requests import TeacherConfig, build_body
 
 MODEL = "ministral-8b-2512"
 PROMPT = TEACHER_PROMPTS["initial_generation"]

@@ -138,7 +138,7 @@ class Reference:
 
 
 def render(row: Mapping) -> str:
-    from nli.prompts import render_student_prompt
+    from nli.task.prompts import render_student_prompt
 
     return render_student_prompt(row["premise"], row["hypothesis"])
 

@@ -57,7 +57,7 @@ def build_adapter(base: Path, folder: Path, seed: int) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from nli.checkpoints import WEIGHTS, write_card
+    from nli.models.checkpoints import WEIGHTS, write_card
 
     if (folder / WEIGHTS).exists():
         return

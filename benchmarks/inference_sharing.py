@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.inference_workload import REPOSITORY, draw_lengths
-from nli.engines import EngineSettings, Generation, Request
-from nli.prompts import render_completion
-from nli.vllm_setup import MOST_ROWS
+from nli.engines.interface import EngineSettings, Generation, Request
+from nli.engines.vllm.setup import MOST_ROWS
+from nli.task.prompts import render_completion
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class StepEngine:
 
 
 def build_step_engine(pace: Pace, name: str, settings: EngineSettings) -> StepEngine:
-    """In the place of `nli.engines.build_engine`."""
+    """In the place of `nli.engines.interface.build_engine`."""
     return StepEngine(pace)
 
 
@@ -113,7 +113,7 @@ def find_perfect_seconds(lengths: Sequence[int], num_engines: int, pace: Pace) -
 
 def measure(lengths: Sequence[int], num_workers: int, pace: Pace, folder: Path) -> dict:
     """The job's seconds of rows, from the first one that is taken to the last that is stored."""
-    from nli import inference
+    from nli.inference import run as inference
 
     data = folder / f"pairs-{len(lengths)}.csv"
     with open(data, "w", encoding="utf-8", newline="") as file:
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     import ray
 
-    from nli import inference
+    from nli.inference import run as inference
 
     pace = Pace(arguments.step_seconds, arguments.fixed)
     inference.build_engine = functools.partial(build_step_engine, pace)

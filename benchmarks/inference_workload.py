@@ -59,7 +59,7 @@ def write_workload(path: Path, count: int = ROWS, longest: int = CAP) -> None:
 
 def read_workload(path: Path, max_rows: int = 0) -> tuple[list[str], list[int]]:
     """Prompts as the job renders them, and completion lengths."""
-    from nli.prompts import render_student_prompt
+    from nli.task.prompts import render_student_prompt
 
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))[: max_rows or None]

@@ -160,7 +160,7 @@ def rows_folder(tiny: bool) -> Path:
 
 
 def read_config(setting: Setting, tiny: bool):
-    from nli.recipe import TrainConfig
+    from nli.training.config import TrainConfig
 
     values = {
         "base_model": str(REPOSITORY / "data/sample/tiny-mistral") if tiny else str(MODEL),
@@ -184,7 +184,8 @@ def read_config(setting: Setting, tiny: bool):
 
 def build(config, tiny: bool, without: tuple[str, ...] = ()):
     """The trainer as a worker builds it, saving nothing; parts of the fast path left out as asked."""
-    from nli import kernels, training
+    from nli.training import kernels
+    from nli.training import worker as training
 
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -292,8 +293,8 @@ def describe(trainer, config, tiny: bool) -> dict:
 
 
 def estimated(trainer, config, tokens: int, recomputed: int) -> float:
-    from nli.memory import Shape, estimate
-    from nli.training import read_workload
+    from nli.training.memory import Shape, estimate
+    from nli.training.worker import read_workload
 
     return estimate(read_workload(config, Shape.of(trainer.model.config)), tokens, recomputed).total
 
@@ -307,7 +308,7 @@ def run_ray(name: str, setting: Setting, tiny: bool) -> None:
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from nli.training import read_split, train_worker
+    from nli.training.worker import read_split, train_worker
 
     config = read_config(setting, tiny)
     shutil.rmtree(config.output_dir, ignore_errors=True)
@@ -359,11 +360,11 @@ def run_equality(tiny: bool) -> None:
     """
     import torch
 
-    from nli.attention import register_packed_attention
-    from nli.batches import GlobalBatches
-    from nli.kernels import speed_up
-    from nli.model import add_lora, load_base
-    from nli.training import read_split
+    from nli.models.load import add_lora, load_base
+    from nli.training.attention import register_packed_attention
+    from nli.training.batches import GlobalBatches
+    from nli.training.kernels import speed_up
+    from nli.training.worker import read_split
 
     device, base = ("cpu", str(REPOSITORY / "data/sample/tiny-mistral")) if tiny else ("cuda:0", str(MODEL))
     rows = read_split(str(rows_folder(tiny)), "train", 1024).select(range(8))

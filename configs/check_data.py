@@ -1,6 +1,6 @@
 """Your own pairs, and what the teacher made of them. Before there are answers: --thoughts --reflections (both empty)."""
 
-from nli.data_checks import CheckDataConfig
+from nli.data.check import CheckDataConfig
 
 config = CheckDataConfig(
     csv=("train=data/original_data/train.csv", "dev=data/original_data/dev.csv", "test=data/original_data/test.csv"),

@@ -1,6 +1,6 @@
 """Reflections on the wrong thoughts, by a stronger model."""
 
-from nli.reflections import GenerateReflectionsConfig
+from nli.teacher.reflections import GenerateReflectionsConfig
 
 config = GenerateReflectionsConfig(
     thoughts="data/original_thoughts/train.jsonl",

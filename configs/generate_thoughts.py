@@ -1,6 +1,6 @@
 """Thoughts for your own training pairs, by the real API. For dev and test: --input-csv data/original_data/dev.csv --output-jsonl …/dev.jsonl."""
 
-from nli.thoughts import GenerateThoughtsConfig
+from nli.teacher.thoughts import GenerateThoughtsConfig
 
 config = GenerateThoughtsConfig(
     input_csv="data/original_data/train.csv",

@@ -1,6 +1,6 @@
 """Training rows of the ablation `reflected`. The others: --ablation correct_only --reflections '' --output-jsonl data/finetune/correct_only_train.jsonl."""
 
-from nli.sft_data import PrepareSFTDataConfig
+from nli.data.sft_rows import PrepareSFTDataConfig
 
 config = PrepareSFTDataConfig(
     thoughts="data/original_thoughts/train.jsonl",

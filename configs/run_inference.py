@@ -1,6 +1,6 @@
 """The primary adapter on the test set."""
 
-from nli.inference import InferenceConfig
+from nli.inference.run import InferenceConfig
 
 config = InferenceConfig(
     model="models/reflected",

@@ -21,19 +21,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from nli.adapter_files import find_weights
-from nli.checkpoints import CARD, describe_model, fingerprint_model, flush_to_disk, read_card
-from nli.cluster import check_gpu_choice, connected, own_error
-from nli.config import Count, CountOrZero, as_dict, config_class
-from nli.engines import Decoding, EngineSettings, Generation, Request, answer_all
-from nli.errors import ConfigError, DataError, ModelError, ResumeError, StorageError
-from nli.model import check_base, load_adapter, load_base
-from nli.parsing import ParseStatus, parse_answer
-from nli.records import SFTExample
-from nli.runs import lock_output, read_commit, read_hardware, read_manifest, read_versions
-from nli.storage import read_jsonl, resolve_input, resolve_model, resolve_output, sha256_file, write_atomic
-from nli.tokenization import encode_example, encode_prompt, first_line, load_tokenizer
-from nli.transformers_engine import TransformersEngine
+from nli.engines.interface import Decoding, EngineSettings, Generation, Request, answer_all
+from nli.engines.transformers.engine import TransformersEngine
+from nli.models.adapter_files import find_weights
+from nli.models.checkpoints import CARD, describe_model, fingerprint_model, flush_to_disk, read_card
+from nli.models.load import check_base, load_adapter, load_base
+from nli.models.tokenizer import encode_example, encode_prompt, first_line, load_tokenizer
+from nli.runtime.cluster import check_gpu_choice, connected, own_error
+from nli.runtime.config import Count, CountOrZero, as_dict, config_class
+from nli.runtime.errors import ConfigError, DataError, ModelError, ResumeError, StorageError
+from nli.runtime.files import read_jsonl, resolve_input, resolve_model, resolve_output, sha256_file, write_atomic
+from nli.runtime.manifest import lock_output, read_commit, read_hardware, read_manifest, read_versions
+from nli.task.parsing import ParseStatus, parse_answer
+from nli.task.records import SFTExample
 
 if TYPE_CHECKING:
     import torch

@@ -19,23 +19,28 @@ import time
 from dataclasses import field, replace
 from pathlib import Path
 
-from nli import evaluation, inference, reflections, sft, sft_data, sweep, thoughts
-from nli.cluster import check_gpu_choice, connected, own_error
-from nli.config import Count, config_class
-from nli.errors import ConfigError, DataError
-from nli.evaluation import EvaluatePredictionsConfig
-from nli.examples import read_examples, shared_premises
-from nli.inference import InferenceConfig
-from nli.model import check_base
-from nli.records import ABLATIONS, Ablation
-from nli.reflections import GenerateReflectionsConfig
-from nli.runs import read_manifest
-from nli.sft import TrainConfig
-from nli.sft_data import PrepareSFTDataConfig
-from nli.storage import resolve_input, resolve_model, resolve_output
+from nli import sweep
+from nli.data import sft_rows as sft_data
+from nli.data.pairs import read_examples, shared_premises
+from nli.data.sft_rows import PrepareSFTDataConfig
+from nli.evaluation import run as evaluation
+from nli.evaluation.run import EvaluatePredictionsConfig
+from nli.inference import run as inference
+from nli.inference.run import InferenceConfig
+from nli.models.load import check_base
+from nli.runtime.cluster import check_gpu_choice, connected, own_error
+from nli.runtime.config import Count, config_class
+from nli.runtime.errors import ConfigError, DataError
+from nli.runtime.files import resolve_input, resolve_model, resolve_output
+from nli.runtime.manifest import read_manifest
 from nli.sweep import SweepConfig
-from nli.teacher import check_teacher
-from nli.thoughts import GenerateThoughtsConfig
+from nli.task.records import ABLATIONS, Ablation
+from nli.teacher import reflections, thoughts
+from nli.teacher.reflections import GenerateReflectionsConfig
+from nli.teacher.requests import check_teacher
+from nli.teacher.thoughts import GenerateThoughtsConfig
+from nli.training import run as sft
+from nli.training.run import TrainConfig
 
 
 @config_class

@@ -20,14 +20,14 @@ from dataclasses import field, replace
 from pathlib import Path
 from typing import Literal, get_type_hints
 
-from nli.checkpoints import has_work
-from nli.cluster import check_gpu_choice, connected, keeping_interrupts, own_error
-from nli.config import Count, CountOrZero, Positive, config_class, field_names, nearest
-from nli.errors import ConfigError, NLIError
-from nli.records import Ablation
-from nli.runs import start_run
-from nli.sft import FitPlan, TrainConfig, check_folder, check_room, fit, plan_fit, read_finished, worker_resources
-from nli.storage import resolve_output, write_atomic
+from nli.models.checkpoints import has_work
+from nli.runtime.cluster import check_gpu_choice, connected, keeping_interrupts, own_error
+from nli.runtime.config import Count, CountOrZero, Positive, config_class, field_names, nearest
+from nli.runtime.errors import ConfigError, NLIError
+from nli.runtime.files import resolve_output, write_atomic
+from nli.runtime.manifest import start_run
+from nli.task.records import Ablation
+from nli.training.run import FitPlan, TrainConfig, check_folder, check_room, fit, plan_fit, read_finished, worker_resources
 
 STOPPED = "stopped.json"
 TRIAL_CPUS = 0.01  # a trial only drives its training workers, which reserve their own

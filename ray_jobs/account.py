@@ -4,11 +4,11 @@ Local:      python -m ray_jobs.account --requests-per-minute 600
 Submitted:  ray job submit --runtime-env runtime_env.yaml -- python -m ray_jobs.account --requests-per-minute 600
 """
 
-from nli.config import parse_config, start_job
+from nli.runtime.config import parse_config, start_job
 
 
 def main(argv: list[str]) -> None:
-    from nli.account import AccountConfig, run
+    from nli.api.account import AccountConfig, run
 
     run(parse_config(AccountConfig, argv, prog="python -m ray_jobs.account", description=__doc__))
 

@@ -4,11 +4,11 @@ Local:      python -m ray_jobs.check_data --config configs/check_data.py
 Submitted:  ray job submit --runtime-env runtime_env.yaml -- python -m ray_jobs.check_data --config configs/check_data.py --storage-root /shared/nli
 """
 
-from nli.config import parse_config, start_job
+from nli.runtime.config import parse_config, start_job
 
 
 def main(argv: list[str]) -> None:
-    from nli.data_checks import CheckDataConfig, run
+    from nli.data.check import CheckDataConfig, run
 
     run(parse_config(CheckDataConfig, argv, prog="python -m ray_jobs.check_data", description=__doc__))
 

@@ -5,12 +5,12 @@ submitted:  ray job submit --runtime-env runtime_env.yaml -- python -m ray_jobs.
                 --predictions results/base.jsonl results/reflected.jsonl --storage-root /shared/nli
 """
 
-from nli.config import parse_config, start_job
+from nli.runtime.config import parse_config, start_job
 
 
 def main(argv: list[str]) -> None:
     """Read the config and run the stage."""
-    from nli.evaluation import EvaluatePredictionsConfig, run
+    from nli.evaluation.run import EvaluatePredictionsConfig, run
 
     run(parse_config(EvaluatePredictionsConfig, argv, prog="python -m ray_jobs.evaluate_predictions", description=__doc__))
 

@@ -4,11 +4,11 @@ Local:      python -m ray_jobs.generate_reflections --config configs/generate_re
 Submitted:  ray job submit --runtime-env runtime_env.yaml -- python -m ray_jobs.generate_reflections --config configs/generate_reflections.py
 """
 
-from nli.config import parse_config, start_job
+from nli.runtime.config import parse_config, start_job
 
 
 def main(argv: list[str]) -> None:
-    from nli.reflections import GenerateReflectionsConfig, run
+    from nli.teacher.reflections import GenerateReflectionsConfig, run
 
     run(parse_config(GenerateReflectionsConfig, argv, prog="python -m ray_jobs.generate_reflections", description=__doc__))
 

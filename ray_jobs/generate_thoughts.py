@@ -4,11 +4,11 @@ Local:      python -m ray_jobs.generate_thoughts --config configs/generate_thoug
 Submitted:  ray job submit --runtime-env runtime_env.yaml -- python -m ray_jobs.generate_thoughts --config configs/generate_thoughts.py
 """
 
-from nli.config import parse_config, start_job
+from nli.runtime.config import parse_config, start_job
 
 
 def main(argv: list[str]) -> None:
-    from nli.thoughts import GenerateThoughtsConfig, run
+    from nli.teacher.thoughts import GenerateThoughtsConfig, run
 
     run(parse_config(GenerateThoughtsConfig, argv, prog="python -m ray_jobs.generate_thoughts", description=__doc__))
 

@@ -4,11 +4,11 @@ Local:      python -m ray_jobs.prepare_sft_data --config configs/prepare_sft_dat
 Submitted:  ray job submit --runtime-env runtime_env.yaml -- python -m ray_jobs.prepare_sft_data --config configs/prepare_sft_data.py
 """
 
-from nli.config import parse_config, start_job
+from nli.runtime.config import parse_config, start_job
 
 
 def main(argv: list[str]) -> None:
-    from nli.sft_data import PrepareSFTDataConfig, run
+    from nli.data.sft_rows import PrepareSFTDataConfig, run
 
     run(parse_config(PrepareSFTDataConfig, argv, prog="python -m ray_jobs.prepare_sft_data", description=__doc__))
 

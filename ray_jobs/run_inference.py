@@ -4,11 +4,11 @@ Local:      python -m ray_jobs.run_inference --config configs/run_inference.py
 Submitted:  ray job submit --runtime-env runtime_env.yaml -- python -m ray_jobs.run_inference --config configs/run_inference.py
 """
 
-from nli.config import parse_config, start_job
+from nli.runtime.config import parse_config, start_job
 
 
 def main(argv: list[str]) -> None:
-    from nli.inference import InferenceConfig, run
+    from nli.inference.run import InferenceConfig, run
 
     run(parse_config(InferenceConfig, argv, prog="python -m ray_jobs.run_inference", description=__doc__))
 

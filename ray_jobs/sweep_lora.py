@@ -4,7 +4,7 @@ Local:      python -m ray_jobs.sweep_lora --config configs/sweep_lora.py
 Submitted:  ray job submit --runtime-env runtime_env.yaml -- python -m ray_jobs.sweep_lora --config configs/sweep_lora.py
 """
 
-from nli.config import parse_config, start_job
+from nli.runtime.config import parse_config, start_job
 
 
 def main(argv: list[str]) -> None:

@@ -4,11 +4,11 @@ Local:      python -m ray_jobs.train_sft --config configs/train/default.py
 Submitted:  ray job submit --runtime-env runtime_env.yaml -- python -m ray_jobs.train_sft --config configs/train/default.py
 """
 
-from nli.config import parse_config, start_job
+from nli.runtime.config import parse_config, start_job
 
 
 def main(argv: list[str]) -> None:
-    from nli.sft import TrainConfig, run
+    from nli.training.run import TrainConfig, run
 
     run(parse_config(TrainConfig, argv, prog="python -m ray_jobs.train_sft", description=__doc__))
 

@@ -10,15 +10,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from nli import batch_client
-from nli.batch_mode import ask_in_batches
-from nli.ledger import Ledger
-from nli.ledger_file import LedgerReader
-from nli.parsing import ParseStatus
-from nli.prices import NANO
-from nli.prompts import TEACHER_PROMPTS
-from nli.teacher import TeacherConfig, first_key, read_outcomes
-from nli.worklist import Worklist
+from nli.api import batch_client
+from nli.api.ledger import Ledger
+from nli.api.ledger_file import LedgerReader
+from nli.api.prices import NANO
+from nli.runtime.worklist import Worklist
+from nli.task.parsing import ParseStatus
+from nli.task.prompts import TEACHER_PROMPTS
+from nli.teacher.batch import ask_in_batches
+from nli.teacher.requests import TeacherConfig, first_key, read_outcomes
 
 PROMPT = TEACHER_PROMPTS["initial_generation"]
 RUN = "thoughts.jsonl"

@@ -1,6 +1,6 @@
 """An engine without a model, for tests of what lies around engines: it notes what it is asked, takes its time, and breaks on demand.
 
-    monkeypatch.setattr("nli.inference.build_engine", functools.partial(build_fake_engine, FakeSettings(log="asked.txt", seconds=0.05)))
+    monkeypatch.setattr("nli.inference.run.build_engine", functools.partial(build_fake_engine, FakeSettings(log="asked.txt", seconds=0.05)))
 
 What a row's premise holds decides what becomes of it: "raise" breaks the request, "kill" ends the process, "dead" ends the engine,
 "half" is answered by half of a surrogate pair, and "wait" waits for a file. A healthy engine answers them all.
@@ -16,9 +16,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from nli.engines import EngineSettings, Generation, Request
-from nli.errors import EngineDead, ModelError
-from nli.prompts import render_completion
+from nli.engines.interface import EngineSettings, Generation, Request
+from nli.runtime.errors import EngineDead, ModelError
+from nli.task.prompts import render_completion
 
 
 @dataclass(frozen=True)
@@ -102,5 +102,5 @@ def wait_until(holds: Callable[[], bool], seconds: float = 300) -> None:
 
 
 def build_fake_engine(fake: FakeSettings, name: str, settings: EngineSettings) -> FakeEngine:
-    """`nli.engines.build_engine` for tests."""
+    """`nli.engines.interface.build_engine` for tests."""
     return FakeEngine(fake, settings)

@@ -5,14 +5,14 @@ import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from nli.training import train_worker
+from nli.training.worker import train_worker
 
 
 def train_with_faults(faults: Mapping[str, int], struck: str, job: dict) -> None:
     """`train_worker`, struck by each fault once, at its optimizer step; the folder `struck` remembers which have been."""
     import transformers
 
-    from nli import saving
+    from nli.training import saving
 
     trainer = transformers.Trainer
 

@@ -6,9 +6,9 @@ python -m tests.inference_driver '{"model": …, "data": …}' '{"log": …, "se
 import functools
 import json
 
-from nli import inference
-from nli.config import start_job
-from nli.inference import InferenceConfig
+from nli.inference import run as inference
+from nli.inference.run import InferenceConfig
+from nli.runtime.config import start_job
 from tests.fake_engine import FakeSettings, build_fake_engine
 
 

@@ -15,17 +15,17 @@ from pathlib import Path
 
 import pytest
 
-from nli.answer_store import AnswerStore
-from nli.answers import derive_seed, to_answer, to_failed, vote
-from nli.desk import Desk, ask, list_ended
-from nli.engines import Generation
-from nli.errors import DataError, StorageError
-from nli.leases import COHORTS, FIRST_ROWS, MOST_EXCUSED, MOST_STARTS, Leases
-from nli.prompts import render_completion
-from nli.records import Answer, row_key
-from nli.results import Tally, describe_figures, summarise, write_answers, write_report, write_table
-from nli.storage import read_jsonl
-from nli.worklist import Worklist, read_pending_work
+from nli.engines.interface import Generation
+from nli.inference.answer_store import AnswerStore
+from nli.inference.answers import derive_seed, to_answer, to_failed, vote
+from nli.inference.coordinator import Desk, ask, list_ended
+from nli.inference.leases import COHORTS, FIRST_ROWS, MOST_EXCUSED, MOST_STARTS, Leases
+from nli.inference.result_files import Tally, describe_figures, summarise, write_answers, write_report, write_table
+from nli.runtime.errors import DataError, StorageError
+from nli.runtime.files import read_jsonl
+from nli.runtime.worklist import Worklist, read_pending_work
+from nli.task.prompts import render_completion
+from nli.task.records import Answer, row_key
 
 ODD = "two\r\ndogs\u2028 \x00 'quoted' \"n/a\" 犬 🐕"
 FRAME = {"answered_by": "m", "prompt_name": "student", "prompt_sha256": "0", "precision": "nf4", "engine": "transformers"}
@@ -74,7 +74,7 @@ def test_a_good_answer_stands_and_a_failed_one_is_asked_again_by_the_next_run(st
 
 def test_what_was_put_survives_the_death_of_the_process(tmp_path):
     code = (
-        "import os, signal; from pathlib import Path; from nli.answer_store import AnswerStore\n"
+        "import os, signal; from pathlib import Path; from nli.inference.answer_store import AnswerStore\n"
         f"store = AnswerStore(Path({str(tmp_path / 'a.sqlite')!r}))\n"
         "for n in range(100): store.put([(str(n), False, '{}')])\n"
         "print('put', flush=True); store.put((str(n), False, '{}') for n in iter(int, 1))"
@@ -474,8 +474,8 @@ def post(work, failed=False):
 
 def test_a_worker_waits_for_the_last_rows_of_others_and_takes_them_when_their_machine_is_lost(open_desk, monkeypatch):
     machines = {"here", "there"}
-    monkeypatch.setattr("nli.desk.LOOK_SECONDS", 0.01)
-    monkeypatch.setattr("nli.desk.list_machines", lambda: machines)
+    monkeypatch.setattr("nli.inference.coordinator.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("nli.inference.coordinator.list_machines", lambda: machines)
 
     async def run() -> None:
         desk = open_desk()
@@ -523,8 +523,8 @@ def test_rows_of_a_process_that_ended_are_for_others_though_it_finds_no_place_to
         looks.extend(workers)
         return [worker for worker in workers if worker in ended]
 
-    monkeypatch.setattr("nli.desk.LOOK_SECONDS", 0.02)
-    monkeypatch.setattr("nli.desk.list_ended", look)
+    monkeypatch.setattr("nli.inference.coordinator.LOOK_SECONDS", 0.02)
+    monkeypatch.setattr("nli.inference.coordinator.list_ended", look)
 
     async def run() -> None:
         desk = open_desk()
@@ -550,7 +550,7 @@ def test_nobody_waits_for_a_worker_that_is_not_heard_of(open_desk, monkeypatch):
         mine, _ = await desk.take("a", 3, "a1", 0), await desk.take("b", 3, "b1", 0)
         await desk.put("a", post(mine), {})
         assert await desk.take("a", 3, "a1", 0) == []
-        monkeypatch.setattr("nli.desk.SILENT_SECONDS", 0.0)
+        monkeypatch.setattr("nli.inference.coordinator.SILENT_SECONDS", 0.0)
         assert await desk.take("a", 3, "a1", 0) is None
 
     asyncio.run(run())
@@ -574,9 +574,9 @@ def test_a_desk_that_follows_a_dead_one_counts_on_and_counts_a_row_once(open_des
 
 def test_a_run_without_any_worker_or_without_progress_says_so(open_desk, monkeypatch, capsys):
     looks, shown = [], []
-    monkeypatch.setattr("nli.desk.LOOK_SECONDS", 0.01)
-    monkeypatch.setattr("nli.desk.IDLE_SECONDS", 0.1)
-    monkeypatch.setattr("nli.desk.list_ended", lambda workers: looks.append(time.monotonic()) or list_ended(workers))
+    monkeypatch.setattr("nli.inference.coordinator.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("nli.inference.coordinator.IDLE_SECONDS", 0.1)
+    monkeypatch.setattr("nli.inference.coordinator.list_ended", lambda workers: looks.append(time.monotonic()) or list_ended(workers))
 
     def is_shown(text: str) -> bool:
         shown.append(capsys.readouterr().out)
@@ -591,7 +591,7 @@ def test_a_run_without_any_worker_or_without_progress_says_so(open_desk, monkeyp
         begun = time.monotonic()
         await wait_until(lambda: looks[-2] > begun + 0.3)  # so that the one before has said what it had to
         assert capsys.readouterr().out == ""
-        monkeypatch.setattr("nli.desk.STALLED_SECONDS", 0.1)
+        monkeypatch.setattr("nli.inference.coordinator.STALLED_SECONDS", 0.1)
         await wait_until(lambda: is_shown("inference: no row has ended for 0 minutes. What the workers say: /logs/a.err on here\n"))
 
     asyncio.run(run())

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks.teacher_server import start_teacher_server
-from nli import batch_client
-from nli.batch_mode import refuse_open_batches
-from nli.batch_store import BatchStore
-from nli.errors import ConfigError, StorageError, TeacherError
-from nli.ledger import Ledger
-from nli.ledger_file import LedgerReader
-from nli.worklist import Worklist
+from nli.api import batch_client
+from nli.api.batch_store import BatchStore
+from nli.api.ledger import Ledger
+from nli.api.ledger_file import LedgerReader
+from nli.runtime.errors import ConfigError, StorageError, TeacherError
+from nli.runtime.worklist import Worklist
+from nli.teacher.batch import refuse_open_batches
 from tests.batch_worker import PROMPT, RUN, make_config, make_rows, run_batches
 
 STEPS = (
@@ -183,7 +183,7 @@ def test_online_calls_are_refused_while_a_job_is_asking(server, folder, tmp_path
     killed = _run_process(folder, server, kill_at="job_recorded")
     assert killed.returncode == -signal.SIGKILL
     with Worklist(tmp_path / "rows.sqlite") as worklist:
-        from nli.teacher import first_key
+        from nli.teacher.requests import first_key
 
         config = make_config(server.base_url, mode="online")
         worklist.fill(((row, first_key(config, PROMPT, row)) for row in make_rows(NUM_ROWS)), Path("rows.csv"))

@@ -12,9 +12,9 @@ from email.utils import formatdate
 import pytest
 from chat_server import KEY, Answer, with_server
 
-from nli.chat_api import CallFailed, ChatClient, Reply, Unreachable, chat_url, check_reachable, read_api_key, read_reply
-from nli.errors import TeacherError
-from nli.ledger_file import encode_body
+from nli.api.chat import CallFailed, ChatClient, Reply, Unreachable, chat_url, check_reachable, read_api_key, read_reply
+from nli.api.ledger_file import encode_body
+from nli.runtime.errors import TeacherError
 
 BODY = {"model": "toy", "messages": [{"role": "user", "content": "Hello – 犬 🐕\u2028"}], "max_tokens": 8}
 DATA = encode_body(BODY)

@@ -14,11 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nli import saving, sft
-from nli.checkpoints import BEST_WEIGHTS, COMPLETE, WEIGHTS, best_weights, find_fault, mark_complete
-from nli.errors import StorageError
-from nli.sft import TrainConfig
-from nli.storage import write_jsonl
+from nli.models.checkpoints import BEST_WEIGHTS, COMPLETE, WEIGHTS, best_weights, find_fault, mark_complete
+from nli.runtime.errors import StorageError
+from nli.runtime.files import write_jsonl
+from nli.training import run as sft
+from nli.training import saving
+from nli.training.run import TrainConfig
 from tests.conftest import REPOSITORY
 from tests.faulty import train_with_faults
 from tests.test_stages import read_rows, train_config
@@ -219,7 +220,7 @@ def test_the_same_command_goes_on_after_its_driver_was_killed_and_adds_to_the_sa
     run_folder = tmp_path / "run"
     config = config_of(files, run_folder, wandb=True)
     path = tmp_path / "config.py"
-    path.write_text(f"from nli.sft import TrainConfig\n\nconfig = TrainConfig(**{config.__dict__!r})\n")
+    path.write_text(f"from nli.training.run import TrainConfig\n\nconfig = TrainConfig(**{config.__dict__!r})\n")
     command = [sys.executable, "-m", "ray_jobs.train_sft", "--config", str(path)]
     environment = {name: value for name, value in os.environ.items() if name not in ("WANDB_MODE", "WANDB_API_KEY")} | {"HOME": str(tmp_path)}
     slow_saves = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "5"}  # so that the kill comes in a save's wait for Ray, not after the last step

@@ -14,10 +14,10 @@ import pytest
 from pydantic import Field
 
 import nli
-from nli.config import Count, Fraction, NonNegative, as_dict, config_class, field_names, load_config, nearest, parse_config, start_job
-from nli.errors import ConfigError, DataError
-from nli.sft_data import PrepareSFTDataConfig
-from nli.thoughts import GenerateThoughtsConfig
+from nli.data.sft_rows import PrepareSFTDataConfig
+from nli.runtime.config import Count, Fraction, NonNegative, as_dict, config_class, field_names, load_config, nearest, parse_config, start_job
+from nli.runtime.errors import ConfigError, DataError
+from nli.teacher.thoughts import GenerateThoughtsConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.py") if path.name != "__init__.py")
@@ -60,7 +60,7 @@ def parse(*argv):
 
 
 def every_config_class() -> dict[str, type]:
-    modules = [importlib.import_module(f"nli.{module.name}") for module in pkgutil.iter_modules(nli.__path__) if not module.ispkg]
+    modules = [importlib.import_module(module.name) for module in pkgutil.walk_packages(nli.__path__, "nli.") if not module.ispkg]
     classes = [
         value
         for module in modules
@@ -257,7 +257,7 @@ def test_a_file_without_a_config_is_refused(config_file):
 
 
 def test_a_config_of_another_job_is_refused(config_file):
-    path = config_file("from nli.sft_data import PrepareSFTDataConfig", "config = PrepareSFTDataConfig()")
+    path = config_file("from nli.data.sft_rows import PrepareSFTDataConfig", "config = PrepareSFTDataConfig()")
     with pytest.raises(ConfigError) as caught:
         parse("--config", path)
     assert str(caught.value) == f"{path}: `config` is a PrepareSFTDataConfig; this job needs a ToyConfig."

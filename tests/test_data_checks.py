@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from nli.data_checks import BUCKETS, CheckDataConfig, name_bucket, run, split_names
-from nli.errors import ConfigError, DataError
-from nli.storage import write_jsonl
+from nli.data.check import BUCKETS, CheckDataConfig, name_bucket, run, split_names
+from nli.runtime.errors import ConfigError, DataError
+from nli.runtime.files import write_jsonl
 from tests.conftest import REPOSITORY
 
 CLEAN = [("Two dogs ran.", "Animals moved.", 1), ("A cat slept.", "A dog slept.", 0), ("Tom sang, and Ann danced.", "Ann danced.", 1)]

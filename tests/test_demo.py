@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nli.runs import read_manifest
+from nli.runtime.manifest import read_manifest
 from tests.conftest import REPOSITORY
 from tests.test_jobs import read_table
 

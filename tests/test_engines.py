@@ -4,12 +4,12 @@ import threading
 
 import pytest
 
-from nli import engines
-from nli.engines import Decoding, EngineSettings, Generation, Request, answer_all, choose_engine
-from nli.errors import EngineDead, ModelError
-from nli.examples import read_examples
-from nli.parsing import parse_answer
-from nli.prompts import render_completion, render_student_prompt
+from nli.data.pairs import read_examples
+from nli.engines import interface as engines
+from nli.engines.interface import Decoding, EngineSettings, Generation, Request, answer_all, choose_engine
+from nli.runtime.errors import EngineDead, ModelError
+from nli.task.parsing import parse_answer
+from nli.task.prompts import render_completion, render_student_prompt
 from tests.conftest import REPOSITORY, TINY_BASE
 from tests.test_export import make_adapter
 
@@ -24,7 +24,7 @@ def settings_of(**values) -> EngineSettings:
 @pytest.fixture
 def build():
     """Builds engines, and closes them when the test ends."""
-    from nli.transformers_engine import TransformersEngine
+    from nli.engines.transformers.engine import TransformersEngine
 
     built = []
 
@@ -50,16 +50,16 @@ def requests(prompts) -> list[Request]:
 @pytest.fixture(scope="module")
 def plain():
     """The tiny model in fp32 as transformers loads it, and its tokenizer."""
-    from nli.model import load_base
-    from nli.tokenization import load_tokenizer
+    from nli.models.load import load_base
+    from nli.models.tokenizer import load_tokenizer
 
     return load_base(TINY_BASE, "none", "fp32", "cpu").eval(), load_tokenizer(TINY_BASE)
 
 
 def generate(model, tokenizer, prompt: str, max_new_tokens: int) -> tuple[str, bool]:
     """transformers' own greedy answer to one prompt, alone."""
-    from nli.tokenization import encode_prompt
-    from nli.watching import generate_greedily
+    from nli.models.tokenizer import encode_prompt
+    from nli.training.watching import generate_greedily
 
     return generate_greedily(model, tokenizer, [encode_prompt(tokenizer, prompt)], max_new_tokens)[0]
 
@@ -68,7 +68,7 @@ def label_probability(model, tokenizer, prompt: str, text: str) -> float:
     """P(label 1) of a text that parses, by one forward pass over the whole of it in plain transformers."""
     import torch
 
-    from nli.tokenization import encode_example
+    from nli.models.tokenizer import encode_example
 
     ids = [
         encode_example(tokenizer, prompt, text.replace(f"{label}}}", f"{other}}}")).input_ids for label in (0, 1) for other in (0, 1) if f"{label}}}" in text
@@ -183,7 +183,7 @@ def test_a_sample_depends_on_its_seed_and_not_on_what_shares_the_batch(build, pr
 def test_samples_are_drawn_as_often_as_the_softmax_says():
     import torch
 
-    from nli.answering import choose_tokens
+    from nli.engines.transformers.rows import choose_tokens
 
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).expand(20_000, 4)
     draws = torch.rand(20_000, dtype=torch.double, generator=torch.Generator().manual_seed(1))
@@ -194,8 +194,8 @@ def test_samples_are_drawn_as_often_as_the_softmax_says():
 
 
 def test_an_adapters_answers_are_those_of_plain_peft(build, prompts, requests, tmp_path):
-    from nli.model import load_adapter, load_base
-    from nli.tokenization import load_tokenizer
+    from nli.models.load import load_adapter, load_base
+    from nli.models.tokenizer import load_tokenizer
 
     folder = str(make_adapter(tmp_path / "adapter", "none", 0.05))
     plain = load_adapter(load_base(TINY_BASE, "none", "fp32", "cpu"), folder).eval(), load_tokenizer(TINY_BASE)
@@ -423,7 +423,7 @@ def test_nf4_weights_multiplied_out_are_what_bitsandbytes_computes_with(dtype):
     """Its packed form for CPUs, which rounds anew, is left out: see `keep_weights_in_evaluations`."""
     import torch
 
-    from nli.model import keep_weights_in_evaluations, load_base, multiply_out
+    from nli.models.load import keep_weights_in_evaluations, load_base, multiply_out
 
     quantised, plain = load_base(TINY_BASE, "nf4", dtype, "cpu", "sdpa").eval(), multiply_out(load_base(TINY_BASE, "nf4", dtype, "cpu", "sdpa"), "cpu").eval()
     keep_weights_in_evaluations(quantised)
@@ -441,7 +441,7 @@ def test_nf4_weights_multiplied_out_are_what_bitsandbytes_computes_with(dtype):
 def test_nf4_weights_stay_as_they_are_where_a_gpu_has_no_room(monkeypatch, capsys):
     import torch
 
-    from nli.model import load_base, multiply_out
+    from nli.models.load import load_base, multiply_out
 
     quantised = load_base(TINY_BASE, "nf4", "bf16", "cpu", "sdpa")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * 2**30, 80 * 2**30))
@@ -461,8 +461,8 @@ def test_logits_of_a_bf16_model_are_not_rounded_to_bf16():
     """They lie between 16 and 32 often, where bf16 has steps of 0.125: two labels a step apart would be told as 0.53 to 0.47, or as equals."""
     import torch
 
-    from nli.model import load_base
-    from nli.slots import Slots
+    from nli.engines.transformers.kv_slots import Slots
+    from nli.models.load import load_base
 
     model = load_base(TINY_BASE, "none", "bf16", "cpu", "sdpa").eval()
     ids = torch.arange(30)[None] + 100
@@ -482,7 +482,7 @@ def test_logits_of_a_bf16_model_are_not_rounded_to_bf16():
 def test_a_gpu_that_cannot_compute_any_more_is_no_fault_of_a_row(monkeypatch):
     import torch
 
-    from nli.attempts import attempt
+    from nli.models.out_of_memory import attempt
 
     freed = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from nli import evaluation
-from nli.config import load_config
-from nli.errors import ConfigError, DataError, ResumeError
-from nli.evaluation import EvaluatePredictionsConfig
-from nli.prompts import render_completion
-from nli.report import format_interval, format_p, format_share, render_report, render_table
-from nli.storage import write_jsonl
+from nli.evaluation import run as evaluation
+from nli.evaluation.report import format_interval, format_p, format_share, render_report, render_table
+from nli.evaluation.run import EvaluatePredictionsConfig
+from nli.runtime.config import load_config
+from nli.runtime.errors import ConfigError, DataError, ResumeError
+from nli.runtime.files import write_jsonl
+from nli.task.prompts import render_completion
 from tests.conftest import run_timed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -389,7 +389,7 @@ def test_help_answers_within_two_seconds_and_loads_no_heavy_library():
     assert done.returncode == 0
     assert "--predictions" in done.stdout
     assert seconds < 2
-    script = "import sys, nli.evaluation; print([name for name in ('numpy', 'scipy', 'sklearn', 'matplotlib', 'ray', 'torch') if name in sys.modules])"
+    script = "import sys, nli.evaluation.run; print([name for name in ('numpy', 'scipy', 'sklearn', 'matplotlib', 'ray', 'torch') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from nli.errors import DataError
-from nli.examples import is_labelled, iterate_examples, read_examples, shared_premises
-from nli.records import Example
-from nli.storage import read_jsonl, write_csv, write_jsonl
+from nli.data.pairs import is_labelled, iterate_examples, read_examples, shared_premises
+from nli.runtime.errors import DataError
+from nli.runtime.files import read_jsonl, write_csv, write_jsonl
+from nli.task.records import Example
 
 # Texts that a reader may spoil: by reading them as missing, by stripping, by joining lines, by mending what is not broken.
 ODD_TEXTS = {

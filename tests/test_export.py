@@ -11,14 +11,14 @@ from types import SimpleNamespace
 import pytest
 
 from nli import export
-from nli.checkpoints import describe_model, write_card
-from nli.errors import ConfigError, DataError, ModelError, ResumeError, StorageError
-from nli.examples import read_examples
+from nli.data.pairs import read_examples
+from nli.data.sft_rows import build_sft_row
 from nli.export import ExportConfig
-from nli.prompts import render_completion
-from nli.runs import lock_output
-from nli.sft_data import build_sft_row
-from nli.storage import sha256_file, write_jsonl
+from nli.models.checkpoints import describe_model, write_card
+from nli.runtime.errors import ConfigError, DataError, ModelError, ResumeError, StorageError
+from nli.runtime.files import sha256_file, write_jsonl
+from nli.runtime.manifest import lock_output
+from nli.task.prompts import render_completion
 from tests.conftest import REPOSITORY, TINY_BASE
 from tests.test_models import to_bin
 
@@ -27,7 +27,7 @@ def make_adapter(folder: Path, quantization: str, scale: float = 0.02) -> Path:
     """An adapter with weights of chance, which changes what the tiny base says."""
     import torch
 
-    from nli.model import add_lora, load_base
+    from nli.models.load import add_lora, load_base
 
     torch.manual_seed(3)
     model = add_lora(load_base(TINY_BASE, "none", "fp32", "cpu"), 8, 16, 0.0, ("q_proj", "v_proj"))

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from nli.batches import GlobalBatches, deal, pack
+from nli.training.batches import GlobalBatches, deal, pack
 from tests.conftest import REPOSITORY, TINY_BASE
 
 # dealing rows
@@ -79,7 +79,7 @@ def tiny(quantization: str = "none", attention: str = "sdpa", targets=ATTENTION,
     """The tiny Mistral with adapters whose B is not zero, so that every gradient is alive."""
     import torch
 
-    from nli.model import add_lora, keep_weights_in_evaluations, load_base
+    from nli.models.load import add_lora, keep_weights_in_evaluations, load_base
 
     torch.manual_seed(0)
     base = load_base(TINY_BASE, quantization, dtype, "cpu", attention)
@@ -104,8 +104,8 @@ def test_losses_and_adapter_gradients_are_those_of_plain_transformers_and_peft(q
     """Each row alone through the plain model, against all rows packed through the fused one."""
     import torch
 
-    from nli.attention import register_packed_attention
-    from nli.kernels import speed_up
+    from nli.training.attention import register_packed_attention
+    from nli.training.kernels import speed_up
 
     rows = rows_of(LENGTHS)
     plain = tiny(quantization, targets=TARGETS[targets])
@@ -139,8 +139,8 @@ def test_a_packed_row_sees_no_other_row():
     """Its logits stay the same to the last bit when the row before it changes."""
     import torch
 
-    from nli.attention import register_packed_attention
-    from nli.kernels import speed_up
+    from nli.training.attention import register_packed_attention
+    from nli.training.kernels import speed_up
 
     model = tiny("nf4", register_packed_attention())
     speed_up(model)
@@ -158,7 +158,7 @@ def test_a_packed_row_sees_no_other_row():
 def test_packed_rows_without_their_bounds_are_refused():
     import torch
 
-    from nli.attention import register_packed_attention
+    from nli.training.attention import register_packed_attention
 
     model = tiny("none", register_packed_attention())
     with pytest.raises(ValueError, match="they would see each other"):
@@ -168,7 +168,7 @@ def test_packed_rows_without_their_bounds_are_refused():
 def test_padded_prompts_are_answered_as_with_torch_s_own_attention():
     import torch
 
-    from nli.attention import register_packed_attention
+    from nli.training.attention import register_packed_attention
 
     ids = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]])
     values = {"input_ids": ids, "attention_mask": (ids != 0).long(), "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
@@ -180,9 +180,9 @@ def test_padded_prompts_are_answered_as_with_torch_s_own_attention():
 def test_recomputed_layers_change_no_gradient_also_with_dropout(recomputed):
     import torch
 
-    from nli.attention import register_packed_attention
-    from nli.kernels import speed_up
-    from nli.training import recompute_layers
+    from nli.training.attention import register_packed_attention
+    from nli.training.kernels import speed_up
+    from nli.training.worker import recompute_layers
 
     found = []
     for count in (0, recomputed):
@@ -200,7 +200,7 @@ def test_dropout_falls_on_the_adapters_input_alone():
     """With B = 0 the adapters add nothing, whatever is dropped; with p > 0 the part that they add has the mean it has without dropout."""
     import torch
 
-    from nli.kernels import speed_up
+    from nli.training.kernels import speed_up
 
     model = tiny("none", dropout=0.5)
     speed_up(model)
@@ -220,7 +220,7 @@ def test_dropout_falls_on_the_adapters_input_alone():
 def test_adapters_that_are_switched_off_or_merged_take_peft_s_own_way():
     import torch
 
-    from nli.kernels import speed_up
+    from nli.training.kernels import speed_up
 
     model = tiny("none")
     speed_up(model)
@@ -244,8 +244,8 @@ def real_rows(count: int):
 
     import datasets
 
-    from nli.prompts import render_student_prompt
-    from nli.tokenization import encode_example, load_tokenizer
+    from nli.models.tokenizer import encode_example, load_tokenizer
+    from nli.task.prompts import render_student_prompt
 
     tokenizer, rows = load_tokenizer(TINY_BASE), []
     with open(REPOSITORY / "data/sample/train.csv", encoding="utf-8") as file:
@@ -261,10 +261,10 @@ def test_a_packed_run_has_the_loss_curve_of_trl_s_padded_one(tmp_path):
     """Real text, NF4, fp32: six steps of eight rows, once as one padded batch each, once in packed micro-batches of at most 300 tokens."""
     from trl import SFTConfig, SFTTrainer
 
-    from nli.attention import register_packed_attention
-    from nli.kernels import speed_up
-    from nli.tokenization import load_tokenizer
-    from nli.trainer import build_trainer_class
+    from nli.models.tokenizer import load_tokenizer
+    from nli.training.attention import register_packed_attention
+    from nli.training.kernels import speed_up
+    from nli.training.trainer import build_trainer_class
 
     values = {"max_steps": 6, "learning_rate": 2e-3, "lr_scheduler_type": "constant", "bf16": False, "use_cpu": True, "logging_steps": 1, "report_to": "none"}
     values |= {
@@ -300,8 +300,8 @@ def test_in_bf16_the_fused_gradients_are_as_near_as_bf16_allows():
     """Real text: the fused path in bf16 against plain PEFT under autocast, as TRL runs it."""
     import torch
 
-    from nli.attention import register_packed_attention
-    from nli.kernels import speed_up
+    from nli.training.attention import register_packed_attention
+    from nli.training.kernels import speed_up
 
     rows = real_rows(8)
     plain = tiny("nf4", dtype="bf16")
@@ -322,7 +322,7 @@ def test_the_kernel_for_gpus_takes_what_it_is_given(monkeypatch):
     """No kernel runs here; the call is bound to the signature of the one that would."""
     import inspect
 
-    from nli import attention
+    from nli.training import attention
 
     name, kernel, values = attention._find_kernel()
     monkeypatch.setattr(attention, "_find_kernel", lambda: (name, inspect.signature(kernel).bind, values))

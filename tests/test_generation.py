@@ -13,11 +13,11 @@ import pytest
 from benchmarks.callers import make_row
 from benchmarks.ray_run import write_rows
 from benchmarks.teacher_server import start_teacher_server
-from nli import thoughts
-from nli.errors import ResumeError, TeacherError
-from nli.ledger_file import LedgerReader
-from nli.parsing import Parsed, ParseStatus
-from nli.thoughts import GenerateThoughtsConfig
+from nli.api.ledger_file import LedgerReader
+from nli.runtime.errors import ResumeError, TeacherError
+from nli.task.parsing import Parsed, ParseStatus
+from nli.teacher import thoughts
+from nli.teacher.thoughts import GenerateThoughtsConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -56,7 +56,7 @@ def test_finished_work_costs_no_call_whatever_becomes_of_parser_labels_and_outpu
     assert thoughts.run(config).read_bytes() == first
     copy = replace(config, output_jsonl=str(tmp_path / "out/again.jsonl"))
     assert thoughts.run(copy).read_bytes() == first
-    monkeypatch.setattr("nli.teacher.parse_reply", lambda *_: Parsed(ParseStatus.BAD_LABEL, None, "a stricter parser"))
+    monkeypatch.setattr("nli.teacher.requests.parse_reply", lambda *_: Parsed(ParseStatus.BAD_LABEL, None, "a stricter parser"))
     assert {row["parse_status"] for row in read_rows(thoughts.run(config))} == {"bad_label"}
     assert server.bill()["requests"] == bill["requests"]
 

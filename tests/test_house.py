@@ -15,30 +15,13 @@ from tests.conftest import run_timed
 
 ROOT = Path(__file__).resolve().parent.parent
 
-BANDS = {
-    "words": {"errors", "prompts", "parsing", "records", "leaks"},
-    "workbench": {
-        *("config", "recipe", "storage", "examples", "runs", "cluster", "metrics", "figures", "report", "row_checks", "check_report"),
-        *("chat_api", "ledger", "ledger_file", "asking", "limiter", "limiter_client", "services", "worklist", "prices", "token_counts"),
-        *("teacher", "progress", "estimates", "generation", "batch_api", "batch_client", "batch_store", "batch_mode"),
-        *("answers", "answer_store", "leases", "desk", "results", "scores", "picks"),
-    },
-    "model": {
-        *("tokenization", "model", "adapter_files", "checkpoints", "engines", "saving", "preflight", "preflight_report", "watching", "watch_beside"),
-        *("memory", "attention", "batches", "kernels", "trainer", "tracking", "training", "transformers_engine", "labels"),
-        *("slots", "answering", "student", "vllm_engine", "vllm_setup", "vllm_adapters", "vllm_worker", "attempts"),
-        *("vllm_process", "vllm_child", "channel", "result_sets"),
-    },
-    "stages": {"thoughts", "reflections", "sft_data", "sft", "sweep", "export", "inference", "evaluation", "account", "data_checks", "pipeline"},
-}
-ORDER = list(BANDS)
 HEAVY = {"ray", "torch", "transformers", "vllm", "trl", "peft", "datasets", "bitsandbytes", "accelerate", "deepspeed"}
 MODULES = sorted(path for folder in ("nli", "ray_jobs") for path in (ROOT / folder).rglob("*.py"))
 JOBS = sorted(path.stem for path in (ROOT / "ray_jobs").glob("*.py") if path.stem != "__init__")
 
 
 def name_of(path: Path) -> str:
-    """`nli.storage` for nli/storage.py, `nli.sample` for nli/sample/__init__.py."""
+    """`nli.runtime.files` for nli/runtime/files.py, `nli.sample` for nli/sample/__init__.py."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
@@ -65,44 +48,6 @@ def imports(path: Path, at_load: bool = False) -> set[str]:
 
 def top_names(names: set[str]) -> set[str]:
     return {name.split(".")[0] for name in names}
-
-
-def own_modules(names: set[str]) -> set[str]:
-    """Of imported names, the modules of nli: `storage` for nli.storage and nli.storage.RowFile."""
-    return {name.split(".")[1] for name in names if name.startswith("nli.")}
-
-
-def modules_of(band: str) -> list[str]:
-    return sorted(name for name in BANDS[band] if (ROOT / "nli" / f"{name}.py").exists())
-
-
-def test_every_module_belongs_to_a_band():
-    assert {path.stem for path in (ROOT / "nli").glob("*.py")} - {"__init__"} <= set().union(*BANDS.values())
-
-
-@pytest.mark.parametrize("name", modules_of("words"))
-def test_words_need_only_the_standard_library_pydantic_and_each_other(name):
-    found = imports(ROOT / "nli" / f"{name}.py")
-    assert top_names(found) <= sys.stdlib_module_names | {"pydantic", "nli"}
-    assert own_modules(found) <= BANDS["words"]
-
-
-@pytest.mark.parametrize("name", modules_of("workbench"))
-def test_the_workbench_uses_words_and_itself_and_no_model_library(name):
-    found = imports(ROOT / "nli" / f"{name}.py")
-    assert not top_names(found) & (HEAVY - {"ray"})
-    assert own_modules(found) <= BANDS["words"] | BANDS["workbench"]
-
-
-@pytest.mark.parametrize("name", modules_of("model"))
-def test_the_model_band_knows_no_stage(name):
-    assert not own_modules(imports(ROOT / "nli" / f"{name}.py")) & BANDS["stages"]
-
-
-@pytest.mark.parametrize("name", modules_of("stages"))
-def test_a_stage_imports_no_other_stage_but_sweep_sft_and_the_pipeline_all(name):
-    allowed = {"sweep": {"sft"}, "pipeline": BANDS["stages"]}.get(name, set())
-    assert own_modules(imports(ROOT / "nli" / f"{name}.py")) & BANDS["stages"] <= allowed | {name}
 
 
 def test_nothing_outside_the_sample_knows_of_it():

@@ -23,20 +23,20 @@ from types import SimpleNamespace
 
 import pytest
 
-from nli import inference
-from nli.adapter_files import WEIGHTS
-from nli.answers import to_failed
-from nli.checkpoints import write_card
-from nli.errors import ConfigError, DataError, ModelError, ResumeError, StorageError
-from nli.evaluation import EvaluatePredictionsConfig
-from nli.evaluation import run as evaluate
-from nli.inference import InferenceConfig
-from nli.records import row_key
-from nli.result_sets import describe_models, find_interrupted, open_results
-from nli.results import describe_figures
-from nli.runs import lock_output
-from nli.student import Student
-from nli.worklist import Worklist
+from nli.evaluation.run import EvaluatePredictionsConfig
+from nli.evaluation.run import run as evaluate
+from nli.inference import run as inference
+from nli.inference.answers import to_failed
+from nli.inference.result_files import describe_figures
+from nli.inference.result_sets import describe_models, find_interrupted, open_results
+from nli.inference.run import InferenceConfig
+from nli.inference.worker import Student
+from nli.models.adapter_files import WEIGHTS
+from nli.models.checkpoints import write_card
+from nli.runtime.errors import ConfigError, DataError, ModelError, ResumeError, StorageError
+from nli.runtime.manifest import lock_output
+from nli.runtime.worklist import Worklist
+from nli.task.records import row_key
 from tests.conftest import REPOSITORY, TINY_BASE
 from tests.fake_engine import FakeSettings, build_fake_engine
 
@@ -475,7 +475,7 @@ def test_what_ends_a_run_is_told_though_the_manifest_cannot_be_written_any_more(
     def fail() -> None:
         with monkeypatch.context() as patch, contextlib.ExitStack() as stack:
             open_run(stack)
-            patch.setattr("nli.runs.write_atomic", fill_disk)
+            patch.setattr("nli.runtime.manifest.write_atomic", fill_disk)
             raise ModelError("no GPU")
 
     with pytest.raises(ModelError, match="no GPU"):
@@ -505,7 +505,7 @@ def test_a_run_without_a_name_goes_on_with_an_interrupted_one_of_the_same_kind(c
     first.store.put([("0:9c", False, "{}")])
     stopped.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
     (first.files["jsonl"].parent / "zz.manifest.json").write_text("{")  # another run's, cut short
-    monkeypatch.setattr("nli.result_sets.name_results", lambda model, precision, source: "new")
+    monkeypatch.setattr("nli.inference.result_sets.name_results", lambda model, precision, source: "new")
     with contextlib.ExitStack() as stack:
         again = open_run(stack)
         assert (again.name, again.store.count()) == (first.name, 1)
@@ -580,7 +580,7 @@ def test_an_engine_s_death_is_told_once_however_many_rows_it_had(monkeypatch, ca
     student, exits = object.__new__(Student), []
     student._is_dying, student._worker = False, "worker"
     student._desk = SimpleNamespace(bury=SimpleNamespace(remote=lambda *_: asyncio.sleep(0)))
-    monkeypatch.setattr("nli.student.os._exit", exits.append)
+    monkeypatch.setattr("nli.inference.worker.os._exit", exits.append)
 
     async def die() -> None:
         deaths = [asyncio.create_task(student._die("the device is gone")) for _ in range(3)]
@@ -595,7 +595,7 @@ def test_an_engine_s_death_is_told_once_however_many_rows_it_had(monkeypatch, ca
 
 @pytest.mark.parametrize("turns", range(4))
 def test_a_worker_s_loop_ends_when_it_is_cancelled_just_as_a_row_ends(turns, monkeypatch):
-    monkeypatch.setattr("nli.student.ASK_AGAIN_SECONDS", 60.0)  # it waits, however slow the machine is
+    monkeypatch.setattr("nli.inference.worker.ASK_AGAIN_SECONDS", 60.0)  # it waits, however slow the machine is
     student = object.__new__(Student)
     student._desk = SimpleNamespace(take=SimpleNamespace(remote=lambda *_: asyncio.sleep(0, [])))
     student._worker, student._start, student._num_running = "worker", "start", 1
@@ -665,16 +665,16 @@ def test_a_worker_with_a_dead_engine_ends_though_the_desk_does_not_answer(monkey
     student, exits = object.__new__(Student), []
     student._is_dying, student._worker = False, "worker"
     student._desk = SimpleNamespace(bury=SimpleNamespace(remote=lambda *_: asyncio.sleep(60)))
-    monkeypatch.setattr("nli.student.os._exit", exits.append)
-    monkeypatch.setattr("nli.student.BURY_SECONDS", 0.05)
+    monkeypatch.setattr("nli.inference.worker.os._exit", exits.append)
+    monkeypatch.setattr("nli.inference.worker.BURY_SECONDS", 0.05)
     with pytest.raises(TimeoutError):
         asyncio.run(student._die("the device is gone"))
     assert exits == [1]
 
 
 def test_a_gpu_that_this_machine_does_not_have_is_refused(config, monkeypatch):
-    monkeypatch.setattr("nli.cluster.finds_cluster", lambda: False)
-    monkeypatch.setattr("nli.cluster.list_gpus", lambda: ["NVIDIA H100", "NVIDIA H100"])
+    monkeypatch.setattr("nli.runtime.cluster.finds_cluster", lambda: False)
+    monkeypatch.setattr("nli.runtime.cluster.list_gpus", lambda: ["NVIDIA H100", "NVIDIA H100"])
     with pytest.raises(ConfigError, match="--gpu 2: this machine has 2 GPUs, counted from 0"):
         inference.run(replace(config, gpu=2, num_workers=0, use_gpu=None))
 

@@ -14,7 +14,7 @@ from benchmarks.inference_runs import Board, read_job
 from benchmarks.inference_sharing import Pace, StepEngine, find_perfect_seconds
 from benchmarks.inference_workload import count_steps, draw_lengths, read_workload, write_pairs, write_workload
 from benchmarks.product import pick_lines
-from nli.engines import Request
+from nli.engines.interface import Request
 
 BARE = {"arm": "bare-vllm", "precision": "bf16", "rows": 1977, "wall_seconds": 110.0, "load_seconds": 70.0, "rows_seconds": 20.0, "rows_per_second": 98.85}
 JOB = {"arm": "job", "precision": "bf16", "rows": 1977, "wall_seconds": 101.5, "load_seconds": 68.0, "rows_seconds": 21.0, "rows_per_second": 94.14}

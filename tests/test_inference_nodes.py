@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from nli import inference
-from nli.inference import InferenceConfig
+from nli.inference import run as inference
+from nli.inference.run import InferenceConfig
 from tests.conftest import TINY_BASE
 from tests.fake_engine import FakeSettings, build_fake_engine
 from tests.test_inference import NUM_ROWS, Asked, check_complete, write_pairs

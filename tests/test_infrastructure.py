@@ -67,7 +67,7 @@ def test_all_packages_and_templates_are_packaged():
     setuptools = tomllib.loads(read("pyproject.toml"))["tool"]["setuptools"]
     found = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for folder in ("nli", "ray_jobs") for path in (ROOT / folder).rglob("*.py")}
     assert set(setuptools["packages"]) == found
-    assert {path.parent.name for path in (ROOT / "nli").rglob("*.j2")} <= set(setuptools["package-data"])
+    assert {f"nli.{path.parts[-3]}" for path in (ROOT / "nli").rglob("*.j2")} <= set(setuptools["package-data"])
 
 
 def test_the_cluster_fits_ray_s_schema_and_ray_prepares_it():
@@ -154,8 +154,8 @@ def test_a_job_s_folder_holds_code_configs_and_sample_and_nothing_else(tmp_path)
 
     project = tmp_path / "project"
     travels = [
-        "nli/sft.py",
-        "nli/report.html.j2",
+        "nli/training/run.py",
+        "nli/evaluation/templates/report.html.j2",
         "nli/sample/world.py",
         "ray_jobs/train_sft.py",
         "configs/demo/pipeline.py",

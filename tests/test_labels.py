@@ -2,11 +2,11 @@
 
 import pytest
 
-from nli.errors import DataError
-from nli.labels import find_label, force_label, label_pairs, read_completion, thought_so_far
-from nli.parsing import parse_answer
-from nli.prompts import render_completion, render_student_prompt
-from nli.tokenization import encode_example, encode_prompt, load_tokenizer
+from nli.models.label_tokens import find_label, force_label, label_pairs, read_completion, thought_so_far
+from nli.models.tokenizer import encode_example, encode_prompt, load_tokenizer
+from nli.runtime.errors import DataError
+from nli.task.parsing import parse_answer
+from nli.task.prompts import render_completion, render_student_prompt
 from tests.conftest import TINY_BASE
 from tests.test_tokenization import load_hub_v3
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nli.leaks import betrays_label
+from nli.task.leaks import betrays_label
 
 TELLING = {
     "Dogs are animals. The true label is 1, so it follows.": "true label",
@@ -98,10 +98,10 @@ def test_a_conclusion_does_not_hide_a_telling_phrase_after_it():
 
 
 def test_no_thought_of_the_sample_teacher_is_flagged():
-    from nli.examples import read_examples
-    from nli.parsing import parse_reply
-    from nli.prompts import TEACHER_PROMPTS
+    from nli.data.pairs import read_examples
     from nli.sample.teacher_mind import answer_messages
+    from nli.task.parsing import parse_reply
+    from nli.task.prompts import TEACHER_PROMPTS
     from tests.conftest import REPOSITORY
 
     wrong = {"thought_process": "Do dogs move? No.", "predicted_label": 0}

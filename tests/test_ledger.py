@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from nli.errors import StorageError
-from nli.ledger import Ledger, new_owner
-from nli.ledger_file import LedgerReader, Totals, encode_body, in_turn, request_key
-from nli.prices import Price
+from nli.api.ledger import Ledger, new_owner
+from nli.api.ledger_file import LedgerReader, Totals, encode_body, in_turn, request_key
+from nli.api.prices import Price
+from nli.runtime.errors import StorageError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RUN, OTHER_RUN = "thoughts.jsonl", "other.jsonl"
@@ -564,17 +564,17 @@ def test_a_ledger_whose_maker_was_killed_before_the_first_table_is_an_empty_one(
 
 
 def test_a_ledger_that_another_machine_has_open_is_refused_and_one_it_left_is_taken(tmp_path, monkeypatch):
-    monkeypatch.setattr("nli.ledger_file._this_host", lambda: "elsewhere 1234")
+    monkeypatch.setattr("nli.api.ledger_file._this_host", lambda: "elsewhere 1234")
     there = Ledger(tmp_path)
-    monkeypatch.setattr("nli.ledger_file._this_host", lambda: "here 5678")
+    monkeypatch.setattr("nli.api.ledger_file._this_host", lambda: "here 5678")
     with pytest.raises(StorageError, match=r"the ledger is in use on elsewhere; run the job on that machine's cluster, or give another --ledger-dir\."):
         Ledger(tmp_path)
     with pytest.raises(StorageError, match="the ledger is in use on elsewhere"):
         LedgerReader(tmp_path)
-    monkeypatch.setattr("nli.ledger_file._this_host", lambda: "container 1234")  # another name, the same kernel
+    monkeypatch.setattr("nli.api.ledger_file._this_host", lambda: "container 1234")  # another name, the same kernel
     Ledger(tmp_path).close()
     there.close()
-    monkeypatch.setattr("nli.ledger_file._this_host", lambda: "here 5678")
+    monkeypatch.setattr("nli.api.ledger_file._this_host", lambda: "here 5678")
     ours, too = Ledger(tmp_path), Ledger(tmp_path)
     ours.close()
     too.close()
@@ -584,7 +584,7 @@ def test_a_ledger_can_be_made_by_several_processes_at_the_same_moment(tmp_path):
     script = """
 import multiprocessing, sys
 from pathlib import Path
-from nli.ledger import Ledger
+from nli.api.ledger import Ledger
 
 def make(barrier):
     for index in range(40):
@@ -608,7 +608,7 @@ def test_two_processes_of_one_host_share_a_ledger_and_no_request_is_sent_by_both
     script = """
 import sys
 from pathlib import Path
-from nli.ledger import Ledger
+from nli.api.ledger import Ledger
 ledger = Ledger(Path(sys.argv[1]))
 owner, sent = sys.argv[2], 0
 for index in range(300):
@@ -634,7 +634,7 @@ def test_what_was_acknowledged_survives_a_kill_in_the_middle_of_commits(tmp_path
     script = """
 import sys
 from pathlib import Path
-from nli.ledger import Ledger
+from nli.api.ledger import Ledger
 ledger = Ledger(Path(sys.argv[1]))
 for index in range(10**6):
     key = index.to_bytes(16, "big")

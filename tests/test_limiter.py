@@ -10,8 +10,8 @@ import random
 import pytest
 from simulated import simulate
 
-from nli.limiter import BREAKER_FAILURES, WORKER_LEASE_SECONDS, AccountLimiter, Ended, Grants, Limits
-from nli.limiter_client import LimiterClient
+from nli.api.limiter import BREAKER_FAILURES, WORKER_LEASE_SECONDS, AccountLimiter, Ended, Grants, Limits
+from nli.api.limiter_client import LimiterClient
 
 
 class Clock:

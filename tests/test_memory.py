@@ -5,8 +5,8 @@ Peaks of torch.cuda.max_memory_allocated on an NVIDIA H100 80GB, 2026-11-25, by 
 
 import pytest
 
-from nli import memory
-from nli.memory import GIB, Shape, Workload, activation_bytes, choose, estimate
+from nli.training import memory
+from nli.training.memory import GIB, Shape, Workload, activation_bytes, choose, estimate
 
 MISTRAL_7B = Shape(hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, head_dim=128, vocabulary=32768, tied=False)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from nli.metrics import (
+from nli.evaluation.metrics import (
     UNPARSED,
     adjust_holm,
     bootstrap_f1,

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nli.adapter_files import check_shapes
-from nli.checkpoints import read_template
-from nli.errors import ModelError
-from nli.model import load_adapter, load_base, load_with_adapters, multiply_out
-from nli.prompts import STUDENT_TEMPLATE
+from nli.models.adapter_files import check_shapes
+from nli.models.checkpoints import read_template
+from nli.models.load import load_adapter, load_base, load_with_adapters, multiply_out
+from nli.runtime.errors import ModelError
+from nli.task.prompts import STUDENT_TEMPLATE
 from tests.conftest import TINY_BASE
 
 IDS = torch.arange(100, 160)[None]

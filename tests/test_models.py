@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from nli.checkpoints import describe_model, read_card, resolve_template, write_card
-from nli.errors import DataError, ModelError
-from nli.prompts import STUDENT_TEMPLATE, find_template_fault, prompt_sha256, render_prompt, render_student_prompt, student_prompt_sha256
-from nli.tokenization import check_prompt_ids, encode_prompt, load_tokenizer
+from nli.models.checkpoints import describe_model, read_card, resolve_template, write_card
+from nli.models.tokenizer import check_prompt_ids, encode_prompt, load_tokenizer
+from nli.runtime.errors import DataError, ModelError
+from nli.task.prompts import STUDENT_TEMPLATE, find_template_fault, prompt_sha256, render_prompt, render_student_prompt, student_prompt_sha256
 from tests.conftest import TINY_BASE
 
 OTHER_TEMPLATE = 'Premise: {premise} Hypothesis: {hypothesis} Answer with {"label": 0 or 1}:'
@@ -110,7 +110,7 @@ def load_plainly(folder: Path):
 
 
 def load_ours(*folders: Path):
-    from nli.model import load_adapter, load_base
+    from nli.models.load import load_adapter, load_base
 
     model = load_base(TINY_BASE, "none", "fp32", "cpu")
     for index, folder in enumerate(folders):

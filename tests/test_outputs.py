@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from nli import thoughts
-from nli.errors import StorageError
-from nli.estimates import estimate_run
-from nli.generation import Generation, _temporary_folder, _write_output
-from nli.ledger import Ledger
-from nli.ledger_file import LedgerReader
-from nli.progress import LiveProgress
-from nli.prompts import TEACHER_PROMPTS
-from nli.teacher import first_key
-from nli.thoughts import GenerateThoughtsConfig
-from nli.worklist import Worklist
+from nli.api.ledger import Ledger
+from nli.api.ledger_file import LedgerReader
+from nli.runtime.errors import StorageError
+from nli.runtime.worklist import Worklist
+from nli.task.prompts import TEACHER_PROMPTS
+from nli.teacher import thoughts
+from nli.teacher.estimate import estimate_run
+from nli.teacher.progress import LiveProgress
+from nli.teacher.requests import first_key
+from nli.teacher.stage import Generation, _temporary_folder, _write_output
+from nli.teacher.thoughts import GenerateThoughtsConfig
 
 PROMPT = TEACHER_PROMPTS["initial_generation"]
 CONFIG = GenerateThoughtsConfig(base_url="http://teacher.test", api_key_file="none")

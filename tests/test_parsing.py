@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from nli.parsing import ParseStatus, parse_answer, parse_reply
-from nli.prompts import INSTRUCTION, TEACHER_PROMPTS, ReflectionReply, ScoringReply, render_completion
+from nli.task.parsing import ParseStatus, parse_answer, parse_reply
+from nli.task.prompts import INSTRUCTION, TEACHER_PROMPTS, ReflectionReply, ScoringReply, render_completion
 
 THOUGHT = "Step 1: dogs are animals. Step 2: who runs moves."
 GOOD = '{"thought_process": "Step 1: dogs are animals. Step 2: who runs moves.", "predicted_label": 1}'

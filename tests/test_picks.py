@@ -3,7 +3,7 @@
 python -m pytest tests/test_picks.py
 """
 
-from nli.picks import pick_disagreements, pick_unparsed, shorten
+from nli.evaluation.shown_rows import pick_disagreements, pick_unparsed, shorten
 
 
 def answer(number: int, true_label: int | None, predicted_label: int | None, status: str = "ok") -> dict:

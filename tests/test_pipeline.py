@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from nli.config import load_config
-from nli.errors import ConfigError, DataError
 from nli.pipeline import PipelineConfig, check, check_room, plan_evaluation, plan_inference, plan_sweep, settle
-from nli.runs import start_run
+from nli.runtime.config import load_config
+from nli.runtime.errors import ConfigError, DataError
+from nli.runtime.manifest import start_run
 from tests.conftest import REPOSITORY
 
 HEADER = "premise,hypothesis,label\n"

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from nli import preflight, preflight_report, sft
-from nli.errors import ConfigError, DataError, ResumeError, StorageError
-from nli.recipe import TrainConfig
-from nli.storage import write_jsonl
+from nli.runtime.errors import ConfigError, DataError, ResumeError, StorageError
+from nli.runtime.files import write_jsonl
 from nli.sweep import SweepConfig
+from nli.training import preflight, preflight_report
+from nli.training import run as sft
+from nli.training.config import TrainConfig
 from tests.conftest import REPOSITORY, TINY_BASE
 from tests.test_stages import train_config
 from tests.test_training_guards import sft_row
@@ -67,7 +68,7 @@ FAULTS = [
 
 @pytest.mark.parametrize("preflight_only", [True, False])
 def test_all_faults_are_named_in_one_pass_with_file_and_line_before_any_model_is_loaded(faulty, monkeypatch, preflight_only):
-    monkeypatch.setattr("nli.model.load_base", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("nli.models.load.load_base", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(DataError) as caught:
         sft.run(config_of(faulty, max_length=90, preflight=preflight_only))
     for fault in FAULTS:
@@ -84,7 +85,7 @@ def test_the_faults_of_a_file_are_told_though_the_tokenizer_is_missing(faulty, t
 def test_the_job_reports_and_starts_and_writes_nothing(good):
     """As a user calls it: without a terminal there are no escape codes; Ray could not start in it."""
     path = good / "config.py"
-    path.write_text(f"from nli.sft import TrainConfig\n\nconfig = TrainConfig(**{config_of(good).__dict__!r})\n")
+    path.write_text(f"from nli.training.run import TrainConfig\n\nconfig = TrainConfig(**{config_of(good).__dict__!r})\n")
     environment = os.environ | {"RAY_ADDRESS": "127.0.0.1:1"}
     command = [sys.executable, "-m", "ray_jobs.train_sft", "--config", str(path), "--preflight"]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300, check=False)

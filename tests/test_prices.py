@@ -2,8 +2,8 @@
 
 import pytest
 
-from nli.errors import ConfigError
-from nli.prices import PRICES, Price, find_price, format_dollars, require_price, to_nanodollars
+from nli.api.prices import PRICES, Price, find_price, format_dollars, require_price, to_nanodollars
+from nli.runtime.errors import ConfigError
 
 
 def test_a_million_tokens_each_way_cost_what_the_table_says():

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from nli.config import parse_config
+from nli.runtime.config import parse_config
 from tests.conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -30,19 +30,19 @@ def test_a_job_in_the_readme_parses_as_written(command, repository):
     if "--help" in words:
         return
     stage = {
-        "generate_thoughts": "thoughts.GenerateThoughtsConfig",
-        "generate_reflections": "reflections.GenerateReflectionsConfig",
-        "prepare_sft_data": "sft_data.PrepareSFTDataConfig",
-        "train_sft": "sft.TrainConfig",
+        "generate_thoughts": "teacher.thoughts.GenerateThoughtsConfig",
+        "generate_reflections": "teacher.reflections.GenerateReflectionsConfig",
+        "prepare_sft_data": "data.sft_rows.PrepareSFTDataConfig",
+        "train_sft": "training.run.TrainConfig",
         "sweep_lora": "sweep.SweepConfig",
         "export_model": "export.ExportConfig",
-        "run_inference": "inference.InferenceConfig",
-        "evaluate_predictions": "evaluation.EvaluatePredictionsConfig",
-        "account": "account.AccountConfig",
-        "check_data": "data_checks.CheckDataConfig",
+        "run_inference": "inference.run.InferenceConfig",
+        "evaluate_predictions": "evaluation.run.EvaluatePredictionsConfig",
+        "account": "api.account.AccountConfig",
+        "check_data": "data.check.CheckDataConfig",
         "pipeline": "pipeline.PipelineConfig",
     }[words[2].removeprefix("ray_jobs.")]
-    module, name = stage.split(".")
+    module, name = stage.rsplit(".", 1)
     cls = getattr(import_module(f"nli.{module}"), name)
     assert isinstance(parse_config(cls, words[3:], prog="test"), cls)
 

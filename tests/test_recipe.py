@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from nli.config import load_config
-from nli.errors import ConfigError
-from nli.recipe import TrainConfig
-from nli.training import build_arguments
+from nli.runtime.config import load_config
+from nli.runtime.errors import ConfigError
+from nli.training.config import TrainConfig
+from nli.training.worker import build_arguments
 from tests.conftest import REPOSITORY
 
 

@@ -8,9 +8,9 @@ import subprocess
 
 import pytest
 
-from nli.config import config_class
-from nli.errors import ResumeError, StorageError
-from nli.runs import describe_differences, manifest_beside, read_commit, read_hardware, read_manifest, read_versions, start_run
+from nli.runtime.config import config_class
+from nli.runtime.errors import ResumeError, StorageError
+from nli.runtime.manifest import describe_differences, manifest_beside, read_commit, read_hardware, read_manifest, read_versions, start_run
 
 
 @config_class
@@ -142,7 +142,7 @@ def test_versions_and_hardware_are_of_this_machine():
 
 def test_the_commit_tells_of_uncommitted_changes(tmp_path, monkeypatch):
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.com"]
-    monkeypatch.setattr("nli.runs.__file__", str(tmp_path / "runs.py"))
+    monkeypatch.setattr("nli.runtime.manifest.__file__", str(tmp_path / "runs.py"))
     assert read_commit() is None
     (tmp_path / "runs.py").write_text("")
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
@@ -159,7 +159,7 @@ def test_an_output_without_its_manifest_is_refused(path):
 
 
 def test_two_processes_cannot_work_on_one_output(path):
-    from nli.runs import is_in_use
+    from nli.runtime.manifest import is_in_use
 
     run = start(path)
     assert is_in_use(path)

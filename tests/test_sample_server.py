@@ -9,10 +9,10 @@ from collections import Counter
 
 import pytest
 
-from nli.prompts import TEACHER_PROMPTS, ReflectionReply, ScoringReply, ThoughtReply
 from nli.sample.server import complete, start_server
 from nli.sample.teacher_mind import answer_messages, count_tokens
 from nli.sample.world import build_splits
+from nli.task.prompts import TEACHER_PROMPTS, ReflectionReply, ScoringReply, ThoughtReply
 
 JSON_MODE = {"type": "json_object"}
 MODEL = "mistral-large-latest"

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from nli.prompts import render_completion, render_student_prompt
 from nli.sample.grammar import PHENOMENA
 from nli.sample.lexicon import held_out_words
 from nli.sample.tokenizer import encode_example
 from nli.sample.world import build_splits, generate_pairs, words_of, write_world
+from nli.task.prompts import render_completion, render_student_prompt
 
 SAMPLE = Path(__file__).parent.parent / "data" / "sample"
 TINY = SAMPLE / "tiny-mistral"

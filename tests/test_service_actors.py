@@ -11,13 +11,13 @@ import time
 import psutil
 import pytest
 
-from nli import services
-from nli.errors import StorageError
-from nli.ledger import Ledger
-from nli.ledger_file import LedgerReader
-from nli.limiter import Ended, Limits
-from nli.limiter_client import LimiterClient
-from nli.services import LedgerClient, account_name, open_ledger_client, post_to_actor, start_ledger_service, start_limiter_service, sync_with_actor
+from nli.api import services
+from nli.api.ledger import Ledger
+from nli.api.ledger_file import LedgerReader
+from nli.api.limiter import Ended, Limits
+from nli.api.limiter_client import LimiterClient
+from nli.api.services import LedgerClient, account_name, open_ledger_client, post_to_actor, start_ledger_service, start_limiter_service, sync_with_actor
+from nli.runtime.errors import StorageError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 LIMITS = Limits(requests_per_minute=6000.0)
@@ -201,7 +201,7 @@ def test_actors_end_when_nobody_calls_them_and_a_later_job_gets_new_ones(tmp_pat
 
 
 def test_an_account_s_limits_are_shown_and_changed_while_jobs_run(ray_cluster, tmp_path, capsys):
-    from nli.account import AccountConfig, run
+    from nli.api.account import AccountConfig, run
 
     key_file = tmp_path / "key"
     key_file.write_text("a-key-of-its-own")
@@ -215,9 +215,9 @@ def test_an_account_s_limits_are_shown_and_changed_while_jobs_run(ray_cluster, t
 def test_a_job_leaves_the_limits_that_it_does_not_name_as_another_has_set_them(ray_cluster, capsys):
     import ray
 
-    from nli.generation import settle_limits
-    from nli.services import start_limiter_service
-    from nli.teacher import TeacherConfig
+    from nli.api.services import start_limiter_service
+    from nli.teacher.requests import TeacherConfig
+    from nli.teacher.stage import settle_limits
 
     limiter = start_limiter_service("http://settled.test", "a-key", Limits())
 

@@ -10,12 +10,12 @@ import time
 import pytest
 from simulated import simulate
 
-from nli.errors import StorageError
-from nli.ledger import Ledger
-from nli.ledger_file import LedgerReader
-from nli.limiter import AccountLimiter, Ended, Grants, Limits
-from nli.limiter_client import LimiterClient
-from nli.services import GATHER_SECONDS, Gatherer, GroupCommit, LedgerClient, LimiterService, account_name
+from nli.api.ledger import Ledger
+from nli.api.ledger_file import LedgerReader
+from nli.api.limiter import AccountLimiter, Ended, Grants, Limits
+from nli.api.limiter_client import LimiterClient
+from nli.api.services import GATHER_SECONDS, Gatherer, GroupCommit, LedgerClient, LimiterService, account_name
+from nli.runtime.errors import StorageError
 
 
 def test_items_that_come_together_are_flushed_together_in_order_and_one_flush_runs_at_a_time():

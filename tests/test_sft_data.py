@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from nli.errors import ConfigError, DataError
-from nli.records import row_key
-from nli.sft_data import PrepareSFTDataConfig, run, select_rows
-from nli.storage import write_jsonl
+from nli.data.sft_rows import PrepareSFTDataConfig, run, select_rows
+from nli.runtime.errors import ConfigError, DataError
+from nli.runtime.files import write_jsonl
+from nli.task.records import row_key
 
 
 def answer(id: str, true: int | None, predicted: int | None, status: str = "ok", thought: str | None = "T") -> dict:

@@ -10,14 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from nli import inference, reflections, sft, sft_data, sweep, thoughts
-from nli.errors import DataError, NLIError, ResumeError, TeacherError
-from nli.inference import InferenceConfig
-from nli.reflections import GenerateReflectionsConfig
-from nli.sft import TrainConfig
-from nli.sft_data import PrepareSFTDataConfig
+from nli import sweep
+from nli.data import sft_rows as sft_data
+from nli.data.sft_rows import PrepareSFTDataConfig
+from nli.inference import run as inference
+from nli.inference.run import InferenceConfig
+from nli.runtime.errors import DataError, NLIError, ResumeError, TeacherError
 from nli.sweep import SweepConfig
-from nli.thoughts import GenerateThoughtsConfig
+from nli.teacher import reflections, thoughts
+from nli.teacher.reflections import GenerateReflectionsConfig
+from nli.teacher.thoughts import GenerateThoughtsConfig
+from nli.training import run as sft
+from nli.training.run import TrainConfig
 from tests.conftest import REPOSITORY, TINY_BASE
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -209,7 +213,7 @@ def test_text_passes_from_csv_to_thoughts_and_results_unchanged(teacher_url, ada
 def test_sft_saves_adapters_only_with_their_provenance_and_verified_checkpoints(adapter):
     from safetensors import safe_open
 
-    from nli.checkpoints import find_fault
+    from nli.models.checkpoints import find_fault
 
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         names = list(file.keys())

@@ -11,9 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from nli.errors import DataError, StorageError
-from nli.records import Example
-from nli.storage import dump_line, iterate_jsonl, read_jsonl, resolve_input, resolve_model, resolve_output, sha256_file, write_atomic, write_csv, write_jsonl
+from nli.runtime.errors import DataError, StorageError
+from nli.runtime.files import (
+    dump_line,
+    iterate_jsonl,
+    read_jsonl,
+    resolve_input,
+    resolve_model,
+    resolve_output,
+    sha256_file,
+    write_atomic,
+    write_csv,
+    write_jsonl,
+)
+from nli.task.records import Example
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -123,9 +134,9 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(here):
 def test_a_full_disk_is_one_message_and_the_old_file_stays(here, monkeypatch, step):
     write_jsonl(here / "a.jsonl", [{"old": 1}])
     if step == "write":
-        monkeypatch.setattr("nli.storage.dump_line", fail_with(errno.ENOSPC))
+        monkeypatch.setattr("nli.runtime.files.dump_line", fail_with(errno.ENOSPC))
     else:
-        monkeypatch.setattr(f"nli.storage.os.{step}", fail_with(errno.ENOSPC))
+        monkeypatch.setattr(f"nli.runtime.files.os.{step}", fail_with(errno.ENOSPC))
     with pytest.raises(StorageError) as caught:
         write_jsonl(here / "a.jsonl", [{"new": 1}])
     path = here / "a.jsonl"

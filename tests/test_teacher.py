@@ -12,17 +12,17 @@ import traceback
 import pytest
 from chat_server import KEY, Answer, with_server
 
-from nli import errors
-from nli.asking import Teacher
-from nli.chat_api import chat_url
-from nli.errors import ConfigError, NLIError, StorageError, TeacherError
-from nli.ledger import Ledger
-from nli.ledger_file import LedgerReader
-from nli.limiter_client import LimiterClient
-from nli.parsing import Parsed, ParseStatus
-from nli.prompts import TEACHER_PROMPTS
-from nli.services import GroupCommit, LedgerClient
-from nli.teacher import TeacherConfig, check_teacher, describe_parameters, describe_requests, first_key, read_outcomes
+from nli.api.chat import chat_url
+from nli.api.ledger import Ledger
+from nli.api.ledger_file import LedgerReader
+from nli.api.limiter_client import LimiterClient
+from nli.api.services import GroupCommit, LedgerClient
+from nli.runtime import errors
+from nli.runtime.errors import ConfigError, NLIError, StorageError, TeacherError
+from nli.task.parsing import Parsed, ParseStatus
+from nli.task.prompts import TEACHER_PROMPTS
+from nli.teacher.online import Teacher
+from nli.teacher.requests import TeacherConfig, check_teacher, describe_parameters, describe_requests, first_key, read_outcomes
 
 PROMPT = TEACHER_PROMPTS["initial_generation"]
 ROW = {"id": "0", "premise": "Two dogs ran.", "hypothesis": "Animals moved.", "true_label": 1}
@@ -45,7 +45,7 @@ def waits(monkeypatch):
         def __getattr__(self, name):
             return sleep if name == "sleep" else getattr(__import__("asyncio"), name)
 
-    monkeypatch.setattr("nli.asking.asyncio", Hurry())
+    monkeypatch.setattr("nli.teacher.online.asyncio", Hurry())
     return waited
 
 
@@ -406,7 +406,7 @@ def test_a_parser_that_changed_reads_old_replies_anew_and_asks_nothing(ask, fold
     ledger = Ledger(folder)
     ledger.settle([first_key(TeacherConfig(base_url="http://teacher.test"), PROMPT, row) for row in many(2)])  # what a run does at its end
     ledger.close()
-    monkeypatch.setattr("nli.teacher.parse_reply", lambda *_: Parsed(ParseStatus.BAD_LABEL, None, "a stricter parser"))
+    monkeypatch.setattr("nli.teacher.requests.parse_reply", lambda *_: Parsed(ParseStatus.BAD_LABEL, None, "a stricter parser"))
     outcomes, server = ask(Answer(text=GOOD), rows=many(2))
     assert ([(outcome.status, outcome.problem) for outcome in outcomes], server.calls) == ([("bad_label", "a stricter parser")] * 2, [])
 
@@ -484,8 +484,8 @@ def test_a_server_that_answers_with_web_pages_alone_ends_the_run(ask, waits):
 
 
 def test_a_server_that_has_failed_for_minutes_and_never_answered_ends_the_run(ask, waits, monkeypatch):
-    monkeypatch.setattr("nli.limiter.BREAKER_FAILURES", 2)
-    monkeypatch.setattr("nli.asking.FAILING_SECONDS", -1.0)
+    monkeypatch.setattr("nli.api.limiter.BREAKER_FAILURES", 2)
+    monkeypatch.setattr("nli.teacher.online.FAILING_SECONDS", -1.0)
     with pytest.raises(TeacherError, match="every call has failed for 0 minutes, the last with: HTTP 500: down. Check the server"):
         ask(Answer(status=500, body='{"message": "down"}'), rows=many(6), max_in_flight=1)
 

@@ -13,8 +13,8 @@ from benchmarks.bill import Bill, find_fullest_window
 from benchmarks.faults import CONTENT_KINDS, FaultScript, FaultScriptError, read_script
 from benchmarks.replies import key_of, load_exact_counters, write_content
 from benchmarks.teacher_server import Settings, TeacherServer, start_teacher_server
-from nli.parsing import ParseStatus, parse_reply
-from nli.prompts import TEACHER_PROMPTS, ReflectionReply, ScoringReply, ThoughtReply
+from nli.task.parsing import ParseStatus, parse_reply
+from nli.task.prompts import TEACHER_PROMPTS, ReflectionReply, ScoringReply, ThoughtReply
 
 MODEL = "ministral-8b-2512"
 

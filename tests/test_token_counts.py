@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from nli.errors import ConfigError
-from nli.examples import read_examples
-from nli.prompts import TEACHER_PROMPTS
-from nli.token_counts import _SHIPPED, CHARACTERS_PER_TOKEN, bound_messages, estimate_tokens, load_token_counter
+from nli.api.token_counts import _SHIPPED, CHARACTERS_PER_TOKEN, bound_messages, estimate_tokens, load_token_counter
+from nli.data.pairs import read_examples
+from nli.runtime.errors import ConfigError
+from nli.task.prompts import TEACHER_PROMPTS
 from tests.conftest import REPOSITORY, TINY_BASE
 
 SYSTEM = TEACHER_PROMPTS["initial_generation"].system

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.mistral_v3 import save_tokenizer
-from nli.errors import DataError
-from nli.examples import read_examples
-from nli.prompts import render_completion, render_student_prompt
-from nli.tokenization import IGNORED_LABEL, choose_pad_token, encode_example, encode_prompt, load_tokenizer
+from nli.data.pairs import read_examples
+from nli.models.tokenizer import IGNORED_LABEL, choose_pad_token, encode_example, encode_prompt, load_tokenizer
+from nli.runtime.errors import DataError
+from nli.task.prompts import render_completion, render_student_prompt
 from tests.conftest import REPOSITORY, TINY_BASE
 
 PAIRS = [

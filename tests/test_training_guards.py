@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from nli import sft, sweep, tracking, training
-from nli.checkpoints import describe_model, fingerprint_tokenizer, mark_complete
-from nli.errors import ConfigError, DataError, ModelError, NLIError, ResumeError, StorageError
-from nli.sft import FitPlan, TrainConfig
-from nli.storage import write_jsonl
+from nli import sweep
+from nli.models.checkpoints import describe_model, fingerprint_tokenizer, mark_complete
+from nli.runtime.errors import ConfigError, DataError, ModelError, NLIError, ResumeError, StorageError
+from nli.runtime.files import write_jsonl
 from nli.sweep import SweepConfig
+from nli.training import run as sft
+from nli.training import tracking
+from nli.training import worker as training
+from nli.training.run import FitPlan, TrainConfig
 from tests.conftest import TINY_BASE
 from tests.test_stages import read_rows, train_config
 
@@ -233,7 +236,7 @@ def test_an_adapter_is_refused_with_its_fault_and_a_local_base_becomes_absolute(
 
 
 def test_torn_weights_are_an_error_of_ours(tmp_path):
-    from nli.model import load_adapter, load_base
+    from nli.models.load import load_adapter, load_base
 
     base = tmp_path / "base"
     shutil.copytree(TINY_BASE, base)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nli.errors import ModelError
-from nli.vllm_adapters import AdapterShape, describe_adapter, prepare_adapter
+from nli.engines.vllm.adapters import AdapterShape, describe_adapter, prepare_adapter
+from nli.runtime.errors import ModelError
 from tests.conftest import TINY_BASE
 
 
@@ -26,7 +26,7 @@ def read_changes(folder: str) -> dict[str, torch.Tensor]:
 def test_layers_with_ranks_and_scales_of_their_own_keep_them(tmp_path, stabilised):
     from peft import LoraConfig, get_peft_model
 
-    from nli.model import load_base
+    from nli.models.load import load_base
 
     config = LoraConfig(
         r=8,

@@ -17,13 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nli.engines import Decoding, EngineSettings, Request, answer_all
-from nli.errors import EngineDead, ModelError
-from nli.prompts import render_completion, render_student_prompt
-from nli.tokenization import encode_prompt, load_tokenizer
-from nli.vllm_adapters import AdapterShape, describe_adapter, prepare_adapter, read_embedding, smallest_rank
-from nli.vllm_engine import VLLMEngine, label_probability
-from nli.vllm_setup import ENVIRONMENT, build_arguments, capture_sizes, choose_start, read_gpu_memory, register_classes, share_of_memory
+from nli.engines.interface import Decoding, EngineSettings, Request, answer_all
+from nli.engines.vllm.adapters import AdapterShape, describe_adapter, prepare_adapter, read_embedding, smallest_rank
+from nli.engines.vllm.engine import VLLMEngine, label_probability
+from nli.engines.vllm.setup import ENVIRONMENT, build_arguments, capture_sizes, choose_start, read_gpu_memory, register_classes, share_of_memory
+from nli.models.tokenizer import encode_prompt, load_tokenizer
+from nli.runtime.errors import EngineDead, ModelError
+from nli.task.prompts import render_completion, render_student_prompt
 from tests import vllm_standin
 from tests.conftest import REPOSITORY, TINY_BASE
 
@@ -40,7 +40,7 @@ def tokenizer():
 @pytest.fixture
 def standin(monkeypatch, tokenizer):
     """A vLLM whose model writes ANSWER after every prompt."""
-    monkeypatch.setattr("nli.vllm_setup.read_gpu_memory", lambda device: None)
+    monkeypatch.setattr("nli.engines.vllm.setup.read_gpu_memory", lambda device: None)
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, os.environ.get(name, value))
     return vllm_standin.install(monkeypatch, lambda ids, adapter: [*after_prompt(tokenizer, ANSWER), tokenizer.eos_token_id])
@@ -106,8 +106,8 @@ def test_a_labels_probability_is_a_second_request_that_ends_before_the_label(sta
 def test_a_prompt_longer_than_the_engine_s_room_but_not_than_the_model_s_is_told_what_takes_it(start, monkeypatch, no_cot):
     long = Request(render_student_prompt("Two dogs ran. " * 60, "Animals moved."))
     assert start(no_cot=no_cot).submit(long).result(10).problem == ""
-    monkeypatch.setattr("nli.vllm_setup.USUAL_LENGTH", 100)
-    monkeypatch.setattr("nli.vllm_setup.PROMPT_ROOM", 100)
+    monkeypatch.setattr("nli.engines.vllm.setup.USUAL_LENGTH", 100)
+    monkeypatch.setattr("nli.engines.vllm.setup.PROMPT_ROOM", 100)
     problem = start(no_cot=no_cot).submit(long).result(10).problem
     assert problem.endswith("no room for an answer within the engine's 164; engine transformers goes up to the model's 512")
 
@@ -285,7 +285,7 @@ def test_every_batch_size_runs_in_a_graph_with_little_padding():
 
 def test_memory_that_others_use_is_left_to_them(monkeypatch):
     used = {"cuda:0": (80000, 500), "cuda:1": (80000, 40000), "cuda:2": (80000, 79000), "cuda:3": None}
-    monkeypatch.setattr("nli.vllm_setup.read_gpu_memory", used.get)
+    monkeypatch.setattr("nli.engines.vllm.setup.read_gpu_memory", used.get)
     assert [share_of_memory(device) for device in ("cuda:0", "cuda:1", "cuda:3")] == [0.9, 0.47, 0.9]
     with pytest.raises(ModelError, match="1,000 of 80,000 MiB free"):
         share_of_memory("cuda:2")
@@ -295,8 +295,8 @@ def test_a_driver_that_does_not_answer_tells_nothing_of_the_memory(monkeypatch):
     def hang(command, timeout, **_):
         raise subprocess.TimeoutExpired(command, timeout)
 
-    monkeypatch.setattr("nli.vllm_setup.shutil.which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr("nli.vllm_setup.subprocess.run", hang)
+    monkeypatch.setattr("nli.engines.vllm.setup.shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("nli.engines.vllm.setup.subprocess.run", hang)
     assert read_gpu_memory("cuda:0") is None
 
 
@@ -326,7 +326,7 @@ def test_trained_embeddings_and_other_full_weights_are_refused(tmp_path):
 
 def test_the_engines_process_ends_with_its_killed_owner():
     """The owner starts a process that imports what vLLM's engine imports, and is killed."""
-    engine = "import nli.vllm_worker, time; print('ready', flush=True); time.sleep(60)"
+    engine = "import nli.engines.vllm.worker, time; print('ready', flush=True); time.sleep(60)"
     owner = (
         "import os, subprocess, sys, time; os.environ['NLI_ENGINE_OWNER'] = str(os.getpid())\n"
         f"subprocess.Popen([sys.executable, '-c', {engine!r}]); time.sleep(60)"

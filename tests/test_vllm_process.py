@@ -17,12 +17,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nli.channel import Channel
-from nli.engines import Decoding, EngineSettings, Request, answer_all, build_engine
-from nli.errors import EngineDead, ModelError
-from nli.prompts import render_student_prompt
-from nli.tokenization import encode_prompt, load_tokenizer
-from nli.vllm_process import VLLMProcess
+from nli.engines.interface import Decoding, EngineSettings, Request, answer_all, build_engine
+from nli.engines.vllm.channel import Channel
+from nli.engines.vllm.process import VLLMProcess
+from nli.models.tokenizer import encode_prompt, load_tokenizer
+from nli.runtime.errors import EngineDead, ModelError
+from nli.task.prompts import render_student_prompt
 from tests.conftest import REPOSITORY, TINY_BASE
 from tests.test_vllm_engine import ANSWER, PROMPT, after_prompt
 
@@ -39,7 +39,7 @@ modules = vllm_standin.make_modules(lambda asked, adapter: ids)
 
 def serve():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as vLLM does, which works in a main thread only
-    import nli.vllm_worker
+    import nli.engines.vllm.worker
 
     time.sleep(60)
 
@@ -177,7 +177,7 @@ def test_a_process_that_neither_answers_nor_ends_is_killed(monkeypatch, tmp_path
     script = tmp_path / "python"
     script.write_text(f"#!{sys.executable}\nimport os, sys, time\nos.close(int(sys.argv[3]))\ntime.sleep(60)\n")
     script.chmod(0o755)
-    monkeypatch.setattr("nli.vllm_process._CLOSE_SECONDS", 0.3)
+    monkeypatch.setattr("nli.engines.vllm.process._CLOSE_SECONDS", 0.3)
     monkeypatch.setattr(sys, "executable", str(script))
     with pytest.raises(ModelError, match=r"does not start with bf16: .*killed by SIGKILL"):
         VLLMProcess(SETTINGS)
@@ -194,7 +194,7 @@ def test_a_message_that_cannot_be_written_ends_the_channel(capfd):
 
 
 def test_the_process_leaves_with_its_status_whoever_is_gone():
-    leave = [sys.executable, "-c", "from nli.vllm_child import _leave; print('x'); _leave(3)"]
+    leave = [sys.executable, "-c", "from nli.engines.vllm.child import _leave; print('x'); _leave(3)"]
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as output:
@@ -204,7 +204,7 @@ def test_the_process_leaves_with_its_status_whoever_is_gone():
 
 def test_a_killed_owner_takes_all_along(package):
     owner = f"""
-from nli.engines import Decoding, EngineSettings, build_engine
+from nli.engines.interface import Decoding, EngineSettings, build_engine
 import sys, time
 engine = build_engine("vllm", EngineSettings({TINY_BASE!r}, (), "bf16", "bf16", Decoding(), 0, "cuda:0"))
 assert not {{"vllm", "torch", "transformers"}} & set(sys.modules)

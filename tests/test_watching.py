@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from nli import sft
-from nli.errors import ConfigError
-from nli.metrics import UNPARSED
-from nli.recipe import TrainConfig
-from nli.storage import write_jsonl
-from nli.watching import Watch, WatchedEvaluations, generate_greedily, read_watch
+from nli.evaluation.metrics import UNPARSED
+from nli.runtime.errors import ConfigError
+from nli.runtime.files import write_jsonl
+from nli.training import run as sft
+from nli.training.config import TrainConfig
+from nli.training.watching import Watch, WatchedEvaluations, generate_greedily, read_watch
 from tests.conftest import TINY_BASE
 from tests.test_checkpoints import config_of
 from tests.test_stages import read_rows
@@ -32,7 +32,7 @@ def tokenised(tmp_path_factory) -> str:
     """Thirty dev rows as training finds them, one without a label."""
     import pyarrow.parquet as pq
 
-    from nli.preflight import read_splits, tokenise_here
+    from nli.training.preflight import read_splits, tokenise_here
 
     folder = tmp_path_factory.mktemp("rows")
     paths = (folder / "train.jsonl", folder / "dev.jsonl")
@@ -45,8 +45,8 @@ def tokenised(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def model_and_tokenizer():
-    from nli.model import load_base
-    from nli.tokenization import load_tokenizer
+    from nli.models.load import load_base
+    from nli.models.tokenizer import load_tokenizer
 
     return load_base(TINY_BASE, "none", "fp32", "cpu").eval(), load_tokenizer(TINY_BASE)
 
@@ -77,11 +77,11 @@ def test_two_ranks_give_the_answers_of_one_and_leave_the_random_numbers_alone(to
 
 def test_the_answers_are_those_of_inference(tokenised, model_and_tokenizer):
     """The training model in evaluation, fused and with its own attention, answers as the engine of stage 6 does."""
-    from nli.attention import register_packed_attention
-    from nli.engines import Decoding, EngineSettings, Request, answer_all
-    from nli.kernels import speed_up
-    from nli.model import add_lora, load_base
-    from nli.transformers_engine import TransformersEngine
+    from nli.engines.interface import Decoding, EngineSettings, Request, answer_all
+    from nli.engines.transformers.engine import TransformersEngine
+    from nli.models.load import add_lora, load_base
+    from nli.training.attention import register_packed_attention
+    from nli.training.kernels import speed_up
 
     tokenizer = model_and_tokenizer[1]
     prompts = read_watch(tokenised, tokenizer, 12, 512, seed=1).prompts

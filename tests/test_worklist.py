@@ -9,8 +9,8 @@ from hashlib import sha256
 
 import pytest
 
-from nli.errors import DataError, StorageError
-from nli.worklist import CHUNK, Worklist, read_pending
+from nli.runtime.errors import DataError, StorageError
+from nli.runtime.worklist import CHUNK, Worklist, read_pending
 
 ODD = "\ttwo\r\ndogs\u2028 \x00 'quoted' \"n/a\" 犬 🐕 %s ? \\ud83d \ufeff"
 

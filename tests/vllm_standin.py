@@ -1,4 +1,4 @@
-"""A small `vllm` for tests: the names, signatures and ways to fail that nli.vllm_engine relies on, as vLLM 0.26 has them, around a model that is a function.
+"""A small `vllm` for tests: the names, signatures and ways to fail that nli.engines.vllm.engine relies on, as vLLM 0.26 has them, around a model that is a function.
 
 standin = install(monkeypatch, write)
 write(ids, adapter)  ->  the ids that the model would write after these, EOS and all

@@ -7,12 +7,12 @@ batch for a model of two million parameters; evaluations once an epoch.
 from dataclasses import replace
 
 from configs.train.default import config as recipe
-from nli.evaluation import EvaluatePredictionsConfig
-from nli.inference import InferenceConfig
+from nli.evaluation.run import EvaluatePredictionsConfig
+from nli.inference.run import InferenceConfig
 from nli.pipeline import PipelineConfig
-from nli.reflections import GenerateReflectionsConfig
 from nli.sweep import SweepConfig
-from nli.thoughts import GenerateThoughtsConfig
+from nli.teacher.reflections import GenerateReflectionsConfig
+from nli.teacher.thoughts import GenerateThoughtsConfig
 
 train = replace(
     recipe,

@@ -1,6 +1,6 @@
 """The recipe: QLoRA on Mistral-7B-v0.3. The other files of this folder are this one with a few fields replaced."""
 
-from nli.sft import TrainConfig
+from nli.training.run import TrainConfig
 
 config = TrainConfig(
     base_model="mistralai/Mistral-7B-v0.3",

@@ -19,11 +19,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from nli.errors import ModelError
-from nli.prompts import render_completion, render_student_prompt
+from nli.runtime.errors import ModelError
 from nli.sample.grammar import Pair, render_thought
 from nli.sample.tokenizer import build_tokenizer, encode_example
 from nli.sample.world import build_splits, generate_pairs
+from nli.task.prompts import render_completion, render_student_prompt
 
 # Shares of the steps that are wrong, of those that are misread and not just answered wrong, and of the texts that are notes.
 WRONG_STEP_SHARE = 0.15

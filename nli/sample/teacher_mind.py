@@ -15,9 +15,9 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 
-from nli.prompts import ENTAILMENT, NO_ENTAILMENT
 from nli.sample.grammar import Pair, render_thought
 from nli.sample.world import SEED, build_splits
+from nli.task.prompts import ENTAILMENT, NO_ENTAILMENT
 
 NOISE_SHARE = 0.015
 MALFORMED_SHARE = 0.01

@@ -9,8 +9,8 @@ around a thought, is one token each: the tiny model then spends its short contex
 from collections.abc import Iterable
 from itertools import islice
 
-from nli.prompts import INSTRUCTION, render_completion, render_student_prompt
 from nli.sample.world import generate_pairs
+from nli.task.prompts import INSTRUCTION, render_completion, render_student_prompt
 
 VOCABULARY_SIZE = 960
 UNKNOWN, BOS, EOS, INST, END_INST = "<unk>", "<s>", "</s>", "[INST]", "[/INST]"
