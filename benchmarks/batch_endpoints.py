@@ -45,8 +45,20 @@ class StoredFile:
 
     def describe(self) -> dict:
         """The file's card."""
-        card = {"id": self.id, "object": "file", "bytes": len(self.data), "created_at": self.created_at, "filename": self.name, "purpose": self.purpose}
-        return card | {"sample_type": self.sample_type, "source": self.source, "num_lines": self.data.count(b"\n"), "deleted": False}
+        card = {
+            "id": self.id,
+            "object": "file",
+            "bytes": len(self.data),
+            "created_at": self.created_at,
+            "filename": self.name,
+            "purpose": self.purpose,
+        }
+        return card | {
+            "sample_type": self.sample_type,
+            "source": self.source,
+            "num_lines": self.data.count(b"\n"),
+            "deleted": False,
+        }
 
 
 @dataclass
@@ -110,14 +122,23 @@ class BatchEndpoints:
 
     def summarise(self) -> dict:
         """Jobs in order with how they stand, and the uploads."""
-        jobs = [{"id": job.id, "status": job.status, "requests": len(job.requests), "metadata": dict(job.metadata)} for job in self.jobs.values()]
-        return {"jobs": jobs, "uploads": sum(file.source == "upload" for file in self.files.values()), "calls": dict(self._calls)}
+        jobs = [
+            {"id": job.id, "status": job.status, "requests": len(job.requests), "metadata": dict(job.metadata)}
+            for job in self.jobs.values()
+        ]
+        return {
+            "jobs": jobs,
+            "uploads": sum(file.source == "upload" for file in self.files.values()),
+            "calls": dict(self._calls),
+        }
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Everything below /v1 but chat completions."""
         parts = request.path.strip("/").split("/")[1:]
         method = request.method
-        self._calls[f"{method} {'/'.join(part if part in ('files', 'batch', 'jobs', 'content', 'cancel') else '*' for part in parts)}"] += 1
+        self._calls[
+            f"{method} {'/'.join(part if part in ('files', 'batch', 'jobs', 'content', 'cancel') else '*' for part in parts)}"
+        ] += 1
         if parts == ["files"] and method == "POST":
             return await self._upload(request)
         if parts == ["files"] and method == "GET":
@@ -135,7 +156,9 @@ class BatchEndpoints:
         async for part in await request.multipart():
             form[part.name] = (part.filename, bytes(await part.read()))
         if "file" not in form:
-            return self._server.refuse(422, {"detail": [{"type": "missing", "loc": ["body", "file"], "msg": "Field required"}]})
+            return self._server.refuse(
+                422, {"detail": [{"type": "missing", "loc": ["body", "file"], "msg": "Field required"}]}
+            )
         name, data = form["file"]
         if len(data) > MOST_BYTES:
             return self._server.refuse(413, {"message": "the file is too large"})
@@ -150,7 +173,11 @@ class BatchEndpoints:
 
     def _list_files(self, request: web.BaseRequest) -> web.Response:
         query = request.query
-        found = [file for file in reversed(self.files.values()) if query.get("search", "") in file.name and query.get("purpose", file.purpose) == file.purpose]
+        found = [
+            file
+            for file in reversed(self.files.values())
+            if query.get("search", "") in file.name and query.get("purpose", file.purpose) == file.purpose
+        ]
         page, size = int(query.get("page", 0)), int(query.get("page_size", 100))
         cards = [file.describe() for file in found[page * size : (page + 1) * size]]
         return web.json_response({"data": cards, "object": "list", "total": len(found)})
@@ -169,18 +196,43 @@ class BatchEndpoints:
     async def _create(self, request: web.BaseRequest) -> web.Response:
         body = await request.json()
         missing = [file_id for file_id in body.get("input_files") or [] if file_id not in self.files]
-        if missing or not body.get("input_files") or not body.get("model") or body.get("endpoint") != "/v1/chat/completions":
-            return self._server.refuse(422, {"detail": f"a job needs a model, /v1/chat/completions and input files that exist (missing: {missing})"})
+        if (
+            missing
+            or not body.get("input_files")
+            or not body.get("model")
+            or body.get("endpoint") != "/v1/chat/completions"
+        ):
+            return self._server.refuse(
+                422,
+                {
+                    "detail": f"a job needs a model, /v1/chat/completions and input files that exist (missing: {missing})"
+                },
+            )
         try:
-            requests = [json.loads(line) for file_id in body["input_files"] for line in self.files[file_id].data.splitlines() if line.strip()]
+            requests = [
+                json.loads(line)
+                for file_id in body["input_files"]
+                for line in self.files[file_id].data.splitlines()
+                if line.strip()
+            ]
         except ValueError as error:
             return self._server.refuse(422, {"detail": f"a line of the input is not JSON: {error}"})
         ids = {request.get("custom_id") for request in requests}
         if len(requests) > MOST_REQUESTS or len(ids) != len(requests) or None in ids:
-            return self._server.refuse(422, {"detail": f"a job has at most {MOST_REQUESTS} requests, each with a custom_id of its own"})
+            return self._server.refuse(
+                422, {"detail": f"a job has at most {MOST_REQUESTS} requests, each with a custom_id of its own"}
+            )
         outcomes = self._server.settings.faults.batch_jobs
         outcome = outcomes[len(self.jobs)] if len(self.jobs) < len(outcomes) else "SUCCESS"
-        job = Job(f"job-{len(self.jobs) + 1}", requests, body["model"], body.get("metadata") or {}, body["input_files"], body["endpoint"], outcome)
+        job = Job(
+            f"job-{len(self.jobs) + 1}",
+            requests,
+            body["model"],
+            body.get("metadata") or {},
+            body["input_files"],
+            body["endpoint"],
+            outcome,
+        )
         self.jobs[job.id] = job
         if len(self.jobs) <= self._server.settings.faults.batch_lost_creates:
             return reset(request)
@@ -193,7 +245,13 @@ class BatchEndpoints:
         found = [job for job in reversed(self.jobs.values()) if wanted.items() <= job.metadata.items()]
         found = [job for job in found if "status" not in query or job.status in query.getall("status")]
         page, size = int(query.get("page", 0)), int(query.get("page_size", 100))
-        return web.json_response({"data": [job.describe() for job in found[page * size : (page + 1) * size]], "object": "list", "total": len(found)})
+        return web.json_response(
+            {
+                "data": [job.describe() for job in found[page * size : (page + 1) * size]],
+                "object": "list",
+                "total": len(found),
+            }
+        )
 
     def _handle_job(self, job_id: str, method: str, rest: list[str]) -> web.Response:
         job = self.jobs.get(job_id)
@@ -217,18 +275,27 @@ class BatchEndpoints:
             return
         share = 1.0 if job.status == "SUCCESS" else 0.5
         lines: dict[str, list[str]] = {"output": [], "error": []}
-        for number, request in sorted(enumerate(job.requests), key=lambda item: fraction_of("order", item[1]["custom_id"])):
+        for number, request in sorted(
+            enumerate(job.requests), key=lambda item: fraction_of("order", item[1]["custom_id"])
+        ):
             custom_id = request["custom_id"]
             if share < 1 and fraction_of("reached", custom_id) >= share:
                 continue
             self._asked[custom_id] += 1
             line = {"id": f"batch-{job.id}-{number}", "custom_id": custom_id, "response": None, "error": None}
             if self._server.settings.faults.fails_in_batch(custom_id, self._asked[custom_id]):
-                message = {"object": "error", "message": "Service unavailable", "type": "internal_server_error", "code": "3000"}
+                message = {
+                    "object": "error",
+                    "message": "Service unavailable",
+                    "type": "internal_server_error",
+                    "code": "3000",
+                }
                 lines["error"].append(json.dumps(line | {"response": {"status_code": 500, "body": message}}))
                 continue
             body = request["body"] | {"model": job.model}
-            reply = self._server.charge(self._server.bill, None, key_of(body), body, write_content(body), half_price=True)
+            reply = self._server.charge(
+                self._server.bill, None, key_of(body), body, write_content(body), half_price=True
+            )
             lines["output"].append(json.dumps(line | {"response": {"status_code": 200, "body": json.loads(reply)}}))
         job.num_succeeded, job.num_failed = len(lines["output"]), len(lines["error"])
         for kind, sample_type in (("output", "batch_result"), ("error", "batch_error")):

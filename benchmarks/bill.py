@@ -46,7 +46,15 @@ class Bill:
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         return len(self.arrivals) - 1
 
-    def charge(self, number: int | None, key: str, model: str, prompt_tokens: int, completion_tokens: int, half_price: bool = False) -> None:
+    def charge(
+        self,
+        number: int | None,
+        key: str,
+        model: str,
+        prompt_tokens: int,
+        completion_tokens: int,
+        half_price: bool = False,
+    ) -> None:
         """Bill a call. `number` is None for a request of a batch job, which no window holds."""
         self.calls[key] += 1
         so_far = self.num_tokens.get((model, half_price), (0, 0))
@@ -82,8 +90,12 @@ class Bill:
             "windows": {
                 "seconds": window_seconds,
                 "requests": find_fullest_window([(at, 1) for at in self.arrivals], window_seconds),
-                "tokens_by_arrival": find_fullest_window([(self.arrivals[number], self.tokens[number]) for number in billed], window_seconds),
-                "tokens_by_completion": find_fullest_window([(self.completions[number], self.tokens[number]) for number in finished], window_seconds),
+                "tokens_by_arrival": find_fullest_window(
+                    [(self.arrivals[number], self.tokens[number]) for number in billed], window_seconds
+                ),
+                "tokens_by_completion": find_fullest_window(
+                    [(self.completions[number], self.tokens[number]) for number in finished], window_seconds
+                ),
             },
         }
 

@@ -31,7 +31,11 @@ SLICE = 256  # rows handed to the teacher at a time, as a Ray Data worker does
 def make_row(number: int) -> dict:
     """A pair of an ordinary length; the number makes the request one of its own."""
     premise = f"A man in a red jacket, number {number}, walks two small dogs along the river while his friends watch from the bridge."
-    return {"id": str(number), "premise": premise, "hypothesis": f"Somebody is outside with animals near the water, and number {number} is seen."}
+    return {
+        "id": str(number),
+        "premise": premise,
+        "hypothesis": f"Somebody is outside with animals near the water, and number {number} is seen.",
+    }
 
 
 def make_config(base_url: str, in_flight: int) -> TeacherConfig:
@@ -127,9 +131,23 @@ def main() -> None:
     if arguments.way == "teacher" and arguments.ledger_dir is None:
         parser.error("teacher needs --ledger-dir")
     ways = {"bare": run_bare, "sdk": run_sdk, "teacher": run_teacher}
-    values = (arguments.base_url, arguments.calls, arguments.in_flight, *((arguments.ledger_dir,) if arguments.way == "teacher" else ()))
+    values = (
+        arguments.base_url,
+        arguments.calls,
+        arguments.in_flight,
+        *((arguments.ledger_dir,) if arguments.way == "teacher" else ()),
+    )
     seconds = asyncio.run(ways[arguments.way](*values))
-    print(json.dumps({"way": arguments.way, "calls": arguments.calls, "seconds": seconds, "calls_per_second": arguments.calls / seconds}))
+    print(
+        json.dumps(
+            {
+                "way": arguments.way,
+                "calls": arguments.calls,
+                "seconds": seconds,
+                "calls_per_second": arguments.calls / seconds,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,12 @@ def answer_unbilled(request: web.BaseRequest, script: FaultScript, kind: str) ->
     date = formatdate(math.ceil(time.time()) + script.retry_after_seconds, usegmt=True)
     headers = {"429": {"Retry-After": str(script.retry_after_seconds)}, "429_date": {"Retry-After": date}}.get(kind)
     message = "Requests rate limit exceeded" if kind.startswith("429") else "Service unavailable"
-    return web.Response(status=int(kind[:3]), body=json.dumps({"message": message}).encode(), content_type="application/json", headers=headers)
+    return web.Response(
+        status=int(kind[:3]),
+        body=json.dumps({"message": message}).encode(),
+        content_type="application/json",
+        headers=headers,
+    )
 
 
 async def answer_billed(request: web.BaseRequest, script: FaultScript, kind: str, reply: bytes) -> web.StreamResponse:

@@ -83,7 +83,9 @@ class FaultScript:
         if kind == "wrong_schema":
             answer = json.loads(content)
             wrong = {"label": "yes"} if "predicted_label" in answer else {"answer": "none"}
-            return json.dumps({name: value for name, value in answer.items() if name not in ("predicted_label", "score")} | wrong), "stop"
+            return json.dumps(
+                {name: value for name, value in answer.items() if name not in ("predicted_label", "score")} | wrong
+            ), "stop"
         if kind == "length":
             return content[: len(content) // 2], "length"
         return content, "stop"
@@ -99,4 +101,6 @@ def read_script(spec: str | Mapping, seed: int = 0) -> FaultScript:
     unknown = [name for name in values if name not in names]
     if unknown:
         raise FaultScriptError(f"there is no {unknown[0]!r}; there are {', '.join(names)}.")
-    return FaultScript(**{"seed": seed} | {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    return FaultScript(
+        **{"seed": seed} | {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    )

@@ -40,7 +40,9 @@ FEWEST_CALLS_PER_SECOND = 1000
 MOST_GROWTH = 1.15
 
 
-def measure_speed(rounds: int, calls: int, sdk_calls: int, ray_calls: int, in_flight: int, folder: Path) -> Iterable[dict]:
+def measure_speed(
+    rounds: int, calls: int, sdk_calls: int, ray_calls: int, in_flight: int, folder: Path
+) -> Iterable[dict]:
     """Measurements of all ways, interleaved: what else the machine does meets them alike."""
     with start_teacher_server() as server:
         for number in range(1, rounds + 1):
@@ -54,7 +56,15 @@ def measure_speed(rounds: int, calls: int, sdk_calls: int, ray_calls: int, in_fl
 
 
 def _run_caller(way: str, base_url: str, calls: int, in_flight: int, place: Path) -> dict:
-    command = [sys.executable, "-m", "benchmarks.callers", way, f"--base-url={base_url}", f"--calls={calls}", f"--in-flight={in_flight}"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.callers",
+        way,
+        f"--base-url={base_url}",
+        f"--calls={calls}",
+        f"--in-flight={in_flight}",
+    ]
     done = subprocess.run([*command, f"--ledger-dir={place}"], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
@@ -65,28 +75,47 @@ def measure_memory(sizes: Iterable[int], folder: Path) -> Iterable[dict]:
     """Peaks of one run for each number of rows."""
     for num_rows in sizes:
         with start_teacher_server() as server:
-            result = run_stage(server, folder / f"memory-{num_rows}", num_rows, WORKERS, IN_FLIGHT // WORKERS, samples_memory=True)
+            result = run_stage(
+                server, folder / f"memory-{num_rows}", num_rows, WORKERS, IN_FLIGHT // WORKERS, samples_memory=True
+            )
         yield {"kind": "memory", "rows": num_rows, **result}
 
 
 def describe_machine() -> dict:
     """Where and with what a figure was measured."""
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     versions = {name: version(name) for name in ("aiohttp", "mistralai", "ray")}
     cpu = f"{os.cpu_count()} x {names[0] if names else platform.machine()}"
-    return {"at": datetime.now(UTC).isoformat(timespec="seconds"), "cpu": cpu, "python": platform.python_version(), **versions}
+    return {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": cpu,
+        "python": platform.python_version(),
+        **versions,
+    }
 
 
 def render_tables(records: list[dict]) -> str:
     """The Markdown of all measurements: medians, their spread, ratios and what was aimed at."""
     parts = []
-    speeds = {way: [record["calls_per_second"] for record in records if record["kind"] == "speed" and record["way"] == way] for way in WAYS}
+    speeds = {
+        way: [record["calls_per_second"] for record in records if record["kind"] == "speed" and record["way"] == way]
+        for way in WAYS
+    }
     if all(speeds.values()):
         rounds = len(speeds["bare"])
-        lines = [f"| way | calls a second, median of {rounds} | lowest to highest | calls a round |", "|---|---|---|---|"]
+        lines = [
+            f"| way | calls a second, median of {rounds} | lowest to highest | calls a round |",
+            "|---|---|---|---|",
+        ]
         for way in WAYS:
             calls = next(record["calls"] for record in records if record["kind"] == "speed" and record["way"] == way)
-            lines.append(f"| {NAMES[way]} | {statistics.median(speeds[way]):,.0f} | {min(speeds[way]):,.0f} to {max(speeds[way]):,.0f} | {calls:,} |")
+            lines.append(
+                f"| {NAMES[way]} | {statistics.median(speeds[way]):,.0f} | {min(speeds[way]):,.0f} to {max(speeds[way]):,.0f} | {calls:,} |"
+            )
         parts.append("\n".join(lines))
         lines = ["| target | asked | of the medians | median of the rounds' own |", "|---|---|---|---|"]
         teacher = statistics.median(speeds["teacher"])
@@ -99,7 +128,10 @@ def render_tables(records: list[dict]) -> str:
     memory = sorted((record for record in records if record["kind"] == "memory"), key=lambda record: record["rows"])
     if len(memory) > 1:
         small, large = memory[0], memory[-1]
-        lines = [f"| peak, MB (PSS / RSS) | {small['rows']:,} rows | {large['rows']:,} rows | ratio of PSS | asked |", "|---|---|---|---|---|"]
+        lines = [
+            f"| peak, MB (PSS / RSS) | {small['rows']:,} rows | {large['rows']:,} rows | ratio of PSS | asked |",
+            "|---|---|---|---|---|",
+        ]
         for role in ("driver", "workers", "ledger", "limiter"):
             before, after = small["peak_megabytes"][role], large["peak_megabytes"][role]
             asked = f"≤ {MOST_GROWTH}" if role in ("driver", "workers") else ""
@@ -108,7 +140,9 @@ def render_tables(records: list[dict]) -> str:
         parts.append("\n".join(lines))
     if records:
         last = records[-1]
-        parts.append(f"{last['cpu']}; Python {last['python']}, aiohttp {last['aiohttp']}, mistralai {last['mistralai']}, Ray {last['ray']}; {last['at'][:10]}.")
+        parts.append(
+            f"{last['cpu']}; Python {last['python']}, aiohttp {last['aiohttp']}, mistralai {last['mistralai']}, Ray {last['ray']}; {last['at'][:10]}."
+        )
     return "\n\n".join(parts)
 
 
@@ -124,7 +158,9 @@ def main() -> None:
     memory = commands.add_parser("memory", help="peak memory of the stage at several numbers of rows")
     memory.add_argument("--rows", type=int, nargs="+", default=[10_000, 200_000])
     for command in (speed, memory):
-        command.add_argument("--out", type=Path, required=True, help="file to append measurements to, one JSON object a line")
+        command.add_argument(
+            "--out", type=Path, required=True, help="file to append measurements to, one JSON object a line"
+        )
         command.add_argument("--folder", type=Path, help="folder on the disk to measure on; default: a temporary one")
     table = commands.add_parser("table", help="Markdown of measurements")
     table.add_argument("files", type=Path, nargs="+")
@@ -135,7 +171,14 @@ def main() -> None:
     os.environ |= {"MISTRAL_API_KEY": "benchmark", "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as place:
         if arguments.command == "speed":
-            records = measure_speed(arguments.rounds, arguments.calls, arguments.sdk_calls, arguments.ray_calls, arguments.in_flight, Path(place))
+            records = measure_speed(
+                arguments.rounds,
+                arguments.calls,
+                arguments.sdk_calls,
+                arguments.ray_calls,
+                arguments.in_flight,
+                Path(place),
+            )
         else:
             records = measure_memory(arguments.rows, Path(place))
         for record in records:

@@ -103,21 +103,38 @@ def write_pairs(path: Path, num_rows: int) -> None:
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "premise", "hypothesis", "label"])
-        writer.writerows([f"r{index}", f"Person {index} walks home.", f"Person {index} moves.", index % 2] for index in range(num_rows))
+        writer.writerows(
+            [f"r{index}", f"Person {index} walks home.", f"Person {index} moves.", index % 2]
+            for index in range(num_rows)
+        )
 
 
 def command(server: RunningServer, pairs: Path, root: Path) -> list[str]:
     """The job that is run and killed."""
-    flags = {"input-csv": pairs, "output-jsonl": "thoughts.jsonl", "storage-root": root, "base-url": server.base_url, "workers": 4, "max-in-flight": 8}
+    flags = {
+        "input-csv": pairs,
+        "output-jsonl": "thoughts.jsonl",
+        "storage-root": root,
+        "base-url": server.base_url,
+        "workers": 4,
+        "max-in-flight": 8,
+    }
     flags |= {"timeout-seconds": 2.0, "max-attempts": 8, "model": "ministral-8b-2512"}
-    return [sys.executable, "-m", "ray_jobs.generate_thoughts", *(part for name, value in flags.items() for part in (f"--{name}", str(value)))]
+    return [
+        sys.executable,
+        "-m",
+        "ray_jobs.generate_thoughts",
+        *(part for name, value in flags.items() for part in (f"--{name}", str(value))),
+    ]
 
 
 def start(argv: Sequence[str], nodes: TwoNodes, log: Path) -> subprocess.Popen:
     """A driver on the cluster, in a process group of its own."""
     environment = os.environ | {"RAY_ADDRESS": nodes.address, "PYTHONPATH": str(ROOT)}
     with open(log, "a", encoding="utf-8") as file:
-        return subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        return subprocess.Popen(
+            argv, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
 
 def run_undisturbed(server: RunningServer, pairs: Path, root: Path, nodes: TwoNodes) -> bytes:
@@ -130,7 +147,9 @@ def run_undisturbed(server: RunningServer, pairs: Path, root: Path, nodes: TwoNo
     return (root / "thoughts.jsonl").read_bytes()
 
 
-def run_disturbed(seed: int, server: RunningServer, nodes: TwoNodes, pairs: Path, root: Path, expected: bytes, num_rows: int) -> Result:
+def run_disturbed(
+    seed: int, server: RunningServer, nodes: TwoNodes, pairs: Path, root: Path, expected: bytes, num_rows: int
+) -> Result:
     """One seed's run with its two kills, and as many further runs as it takes."""
     draw = random.Random(seed)
     result = Result(seed, tuple(draw.sample(TARGETS, 2)))
@@ -231,8 +250,22 @@ def describe(results: Sequence[Result]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
-        killed, at, under_way = ", ".join(result.targets), ", ".join(map(str, result.killed_at)), " + ".join(map(str, result.under_way))
-        facts = [result.seed, killed, at, result.runs, result.rows, "yes" if result.is_equal else "NO", result.distinct, result.billed, under_way]
+        killed, at, under_way = (
+            ", ".join(result.targets),
+            ", ".join(map(str, result.killed_at)),
+            " + ".join(map(str, result.under_way)),
+        )
+        facts = [
+            result.seed,
+            killed,
+            at,
+            result.runs,
+            result.rows,
+            "yes" if result.is_equal else "NO",
+            result.distinct,
+            result.billed,
+            under_way,
+        ]
         facts += [result.ambiguous, result.bound, "yes" if result.holds else "NO"]
         lines.append("| " + " | ".join(map(str, facts)) + " |")
     return "\n".join(lines)
@@ -252,7 +285,9 @@ def main() -> None:
     ):
         for seed in range(arguments.first, arguments.first + arguments.seeds):
             results.append(run_seed(seed, nodes, Path(folder), server, pairs, expected))
-            print(json.dumps(results[-1].__dict__ | {"bound": results[-1].bound, "holds": results[-1].holds}), flush=True)
+            print(
+                json.dumps(results[-1].__dict__ | {"bound": results[-1].bound, "holds": results[-1].holds}), flush=True
+            )
     print(describe(results))
     sys.exit(0 if all(result.holds for result in results) else 1)
 

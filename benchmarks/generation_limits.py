@@ -27,17 +27,35 @@ MODEL = "mistral-small-2409"  # one whose tokenizer mistral-common knows for its
 PRICE = {"price-input-per-million": 0.15, "price-output-per-million": 0.60}
 
 
-def run_job(server: RunningServer, folder: Path, num_rows: int, kills_limiter_at: float = 0.0, **flags: object) -> tuple[int, str]:
+def run_job(
+    server: RunningServer, folder: Path, num_rows: int, kills_limiter_at: float = 0.0, **flags: object
+) -> tuple[int, str]:
     """(exit status, console) of the thoughts job on so many rows; the limiter is killed after so many seconds of calls."""
     if not (folder / "rows.csv").exists():
         write_rows(folder / "rows.csv", num_rows)
-    values = {"input-csv": folder / "rows.csv", "output-jsonl": folder / "thoughts.jsonl", "ledger-dir": folder / "ledger", "base-url": server.base_url}
-    values |= {"model": MODEL, "workers": 8, "max-in-flight": 16} | {name.replace("_", "-"): value for name, value in flags.items()}
-    argv = [part for name, value in values.items() for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+    values = {
+        "input-csv": folder / "rows.csv",
+        "output-jsonl": folder / "thoughts.jsonl",
+        "ledger-dir": folder / "ledger",
+        "base-url": server.base_url,
+    }
+    values |= {"model": MODEL, "workers": 8, "max-in-flight": 16} | {
+        name.replace("_", "-"): value for name, value in flags.items()
+    }
+    argv = [
+        part
+        for name, value in values.items()
+        for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
+    ]
     log = folder / "log"
     with open(log, "a", encoding="utf-8") as file:
         environment = os.environ | {"MISTRAL_API_KEY": "key-of-the-limits"}
-        process = subprocess.Popen([sys.executable, "-m", "ray_jobs.generate_thoughts", *argv], stdout=file, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ray_jobs.generate_thoughts", *argv],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
     started_at = None
     while process.poll() is None:
         if started_at is None and server.bill()["requests"]:
@@ -55,12 +73,25 @@ def measure_requests(folder: Path, limit: int, minutes: float, kills: bool) -> d
     """The fullest sliding minute and the rate reached, with the limiter killed in the middle if so asked."""
     num_rows = int(limit * minutes)
     with start_teacher_server(latency_seconds=0.5) as server:
-        status, text = run_job(server, folder, num_rows, kills_limiter_at=60 * minutes / 2 if kills else 0.0, requests_per_minute=limit)
+        status, text = run_job(
+            server, folder, num_rows, kills_limiter_at=60 * minutes / 2 if kills else 0.0, requests_per_minute=limit
+        )
         bill = server.bill()
     rate = 60 * (num_rows - 1) / bill["seconds"]
-    result = {"limit": limit, "kills": kills, "status": status, "calls": bill["billed"], "seconds": bill["seconds"], "windows": bill["windows"]}
+    result = {
+        "limit": limit,
+        "kills": kills,
+        "status": status,
+        "calls": bill["billed"],
+        "seconds": bill["seconds"],
+        "windows": bill["windows"],
+    }
     result |= {"requests_per_minute": rate, "share": rate / limit}
-    result["holds"] = status == 0 and max(bill["windows"][name] for name in bill["windows"] if "request" in name) <= limit and rate >= 0.95 * limit
+    result["holds"] = (
+        status == 0
+        and max(bill["windows"][name] for name in bill["windows"] if "request" in name) <= limit
+        and rate >= 0.95 * limit
+    )
     return result if status == 0 else result | {"console": text[-1500:]}
 
 
@@ -70,7 +101,14 @@ def measure_tokens(folder: Path, limit: int, num_rows: int) -> dict:
         status, text = run_job(server, folder, num_rows, kills_limiter_at=40.0, tokens_per_minute=limit, max_tokens=400)
         bill = server.bill()
     tokens = bill["prompt_tokens"] + bill["completion_tokens"]
-    result = {"limit": limit, "status": status, "calls": bill["billed"], "tokens": tokens, "seconds": bill["seconds"], "windows": bill["windows"]}
+    result = {
+        "limit": limit,
+        "status": status,
+        "calls": bill["billed"],
+        "tokens": tokens,
+        "seconds": bill["seconds"],
+        "windows": bill["windows"],
+    }
     result |= {"tokens_per_minute": 60 * tokens / bill["seconds"]}
     result["holds"] = status == 0 and max(bill["windows"][name] for name in bill["windows"] if "token" in name) <= limit
     return result if status == 0 else result | {"console": text[-1500:]}
@@ -79,10 +117,18 @@ def measure_tokens(folder: Path, limit: int, num_rows: int) -> dict:
 def measure_budget(folder: Path, dollars: float, num_rows: int) -> dict:
     """What the server charged under a budget that is too small, in several attempts."""
     with start_teacher_server({"rate": 0.1, "late_seconds": 8.0}, latency_seconds=0.05, count="exact") as server:
-        statuses = [run_job(server, folder, num_rows, max_cost=dollars, timeout_seconds=5.0, **PRICE)[0] for _ in range(2)]
+        statuses = [
+            run_job(server, folder, num_rows, max_cost=dollars, timeout_seconds=5.0, **PRICE)[0] for _ in range(2)
+        ]
         bill = server.bill()
     charged = charge(bill)
-    return {"max_cost": dollars, "statuses": statuses, "calls": bill["billed"], "charged": charged, "holds": charged <= dollars and statuses == [2, 2]}
+    return {
+        "max_cost": dollars,
+        "statuses": statuses,
+        "calls": bill["billed"],
+        "charged": charged,
+        "holds": charged <= dollars and statuses == [2, 2],
+    }
 
 
 def measure_dry_run(folder: Path, num_rows: int) -> dict:
@@ -99,20 +145,39 @@ def measure_dry_run(folder: Path, num_rows: int) -> dict:
         bill = server.bill()
     rest = {name: bill[name] - first[name] for name in ("prompt_tokens", "completion_tokens")}
     costs = [
-        (part["prompt_tokens"] * PRICE["price-input-per-million"] + part["completion_tokens"] * PRICE["price-output-per-million"]) / 1e6
+        (
+            part["prompt_tokens"] * PRICE["price-input-per-million"]
+            + part["completion_tokens"] * PRICE["price-output-per-million"]
+        )
+        / 1e6
         for part in (bill, rest)
     ]
     told_prompt, told_cost = read_number(before, "prompt tokens"), read_number(after, "cost")
-    result = {"sent_by_dry_run": sent_by_dry_run, "told_prompt_tokens": told_prompt, "billed_prompt_tokens": bill["prompt_tokens"]}
-    result |= {"prompt_error": told_prompt / bill["prompt_tokens"] - 1, "told_cost_before": read_number(before, "cost"), "billed_cost": costs[0]}
-    result |= {"told_cost_of_the_rest": told_cost, "billed_cost_of_the_rest": costs[1], "cost_error": told_cost / costs[1] - 1}
+    result = {
+        "sent_by_dry_run": sent_by_dry_run,
+        "told_prompt_tokens": told_prompt,
+        "billed_prompt_tokens": bill["prompt_tokens"],
+    }
+    result |= {
+        "prompt_error": told_prompt / bill["prompt_tokens"] - 1,
+        "told_cost_before": read_number(before, "cost"),
+        "billed_cost": costs[0],
+    }
+    result |= {
+        "told_cost_of_the_rest": told_cost,
+        "billed_cost_of_the_rest": costs[1],
+        "cost_error": told_cost / costs[1] - 1,
+    }
     result["holds"] = sent_by_dry_run == 0 and abs(result["prompt_error"]) <= 0.02 and abs(result["cost_error"]) <= 0.10
     return result
 
 
 def charge(bill: dict) -> float:
     """Dollars for a bill's tokens."""
-    return (bill["prompt_tokens"] * PRICE["price-input-per-million"] + bill["completion_tokens"] * PRICE["price-output-per-million"]) / 1e6
+    return (
+        bill["prompt_tokens"] * PRICE["price-input-per-million"]
+        + bill["completion_tokens"] * PRICE["price-output-per-million"]
+    ) / 1e6
 
 
 def read_number(text: str, name: str) -> float:
@@ -133,7 +198,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="nli-limits-") as place:
         folder = Path(place)
         if arguments.what == "requests":
-            result = measure_requests(folder, arguments.requests_per_minute, arguments.minutes, not arguments.keep_limiter)
+            result = measure_requests(
+                folder, arguments.requests_per_minute, arguments.minutes, not arguments.keep_limiter
+            )
         elif arguments.what == "tokens":
             result = measure_tokens(folder, arguments.tokens_per_minute, arguments.rows)
         elif arguments.what == "budget":

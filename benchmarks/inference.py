@@ -30,7 +30,13 @@ from benchmarks.inference_workload import ROWS, write_workload
 
 BUDGET_SECONDS = 590.0
 ARMS = "of compare: bare-vllm, job, transformers or original, with bf16, fp8, nf4 or fp32; with -kv_fp8 after it, the KV cache in fp8"
-ENGINES = ["vllm:bf16", "transformers:bf16", "transformers:bf16:7:reversed", "transformers:fp32", "transformers:fp32:7:reversed"]
+ENGINES = [
+    "vllm:bf16",
+    "transformers:bf16",
+    "transformers:bf16:7:reversed",
+    "transformers:fp32",
+    "transformers:fp32:7:reversed",
+]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,7 +50,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max-rows", type=int, default=0, help="rows that transformers and original take")
     parser.add_argument("--adapters", type=int, default=0)
     parser.add_argument("--merged", type=int, default=0)
-    parser.add_argument("--tokenizer", type=Path, help="folder of the v3 tokenizer, where sentencepiece is not installed")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="folder of the v3 tokenizer, where sentencepiece is not installed"
+    )
     parser.add_argument("--precision", default="bf16", help="of scaling and adapters")
     parser.add_argument("--engines", nargs="+", default=ENGINES, help="of agree")
     parser.add_argument("--options", default="", help="further flags of the job: --options=--no-cot")
@@ -54,7 +62,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, default=BUDGET_SECONDS)
     arguments = parser.parse_args(argv)
     board = Board(arguments.folder or Path("/tmp/nli-inference") / arguments.shape, arguments.budget)
-    commands = {"model": make_model, "compare": compare, "table": show_table, "scaling": measure_scaling, "adapters": measure_adapters}
+    commands = {
+        "model": make_model,
+        "compare": compare,
+        "table": show_table,
+        "scaling": measure_scaling,
+        "adapters": measure_adapters,
+    }
     if arguments.command in commands:
         commands[arguments.command](board, arguments)
     elif arguments.command == "agree":
@@ -72,7 +86,9 @@ def make_model(board: Board, arguments: argparse.Namespace) -> None:
         adapter = str(board.folder / f"adapter-{number}")
         steps[f"adapter-{number}"] = f"made.build_adapter(Path({str(board.base)!r}), Path({adapter!r}), {number})"
     for number in range(1, arguments.merged + 1):
-        places = ", ".join(f"Path({str(board.folder / name)!r})" for name in ("base", f"adapter-{number}", f"merged-{number}"))
+        places = ", ".join(
+            f"Path({str(board.folder / name)!r})" for name in ("base", f"adapter-{number}", f"merged-{number}")
+        )
         steps[f"merged-{number}"] = f"made.merge({places})"
     for name, step in steps.items():
         done = board.run_process(name, [sys.executable, "-c", head + step], 300)
@@ -126,10 +142,18 @@ def measure_adapters(board: Board, arguments: argparse.Namespace) -> None:
     """Three adapters in one pass of one engine, and the merged models that were made, one after another: seconds of the whole jobs."""
     first, *others = (board.folder / f"adapter-{number}" for number in (1, 2, 3))
     extra = arguments.options.split()
-    hot = board.run_job("three-adapters", precision=arguments.precision, options=["--adapters", *others, *extra], model=first)
+    hot = board.run_job(
+        "three-adapters", precision=arguments.precision, options=["--adapters", *others, *extra], model=first
+    )
     made = [number for number in (1, 2, 3) if (board.folder / f"merged-{number}" / "config.json").exists()]
     merged = [
-        board.run_job(f"merged-{number}", precision=arguments.precision, options=extra, model=board.folder / f"merged-{number}", limit_seconds=200)
+        board.run_job(
+            f"merged-{number}",
+            precision=arguments.precision,
+            options=extra,
+            model=board.folder / f"merged-{number}",
+            limit_seconds=200,
+        )
         for number in made
     ]
     good = [result for result in merged if "failed_with" not in result]
@@ -137,7 +161,14 @@ def measure_adapters(board: Board, arguments: argparse.Namespace) -> None:
         return
     total = sum(result["wall_seconds"] for result in good) * 3 / len(good)
     note = {} if len(good) == 3 else {"note": f"three merged jobs extrapolated from {len(good)}"}
-    board.record({"adapters": round(hot["wall_seconds"] / total, 3), "hot_seconds": hot["wall_seconds"], "merged_seconds": round(total, 1), **note})
+    board.record(
+        {
+            "adapters": round(hot["wall_seconds"] / total, 3),
+            "hot_seconds": hot["wall_seconds"],
+            "merged_seconds": round(total, 1),
+            **note,
+        }
+    )
 
 
 if __name__ == "__main__":

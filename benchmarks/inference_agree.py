@@ -25,13 +25,22 @@ from benchmarks.inference_runs import Board
 LABEL = re.compile(r'"predicted_label"\s*:\s*([01])')
 
 
-def run_agree(board: Board, model: str, base: str, data: str, engines: Sequence[str], options: Sequence[str] = ()) -> dict | None:
+def run_agree(
+    board: Board, model: str, base: str, data: str, engines: Sequence[str], options: Sequence[str] = ()
+) -> dict | None:
     """Answer the rows with each of the engines, engine:precision[:batch size[:reversed]], then compare. None where fewer than two answered."""
     files, ordered = {}, write_ordered(Path(data), board.folder)
     for spec in engines:
         engine, precision, batch, order = [*spec.split(":"), "", ""][:4]
         chosen = ["--engine", engine, "--base-model", base, *(["--batch-size", batch] if batch else []), *options]
-        result = board.run_job(f"agree-{spec.replace(':', '-')}", precision=precision, options=chosen, forced=False, model=model, data=ordered[order])
+        result = board.run_job(
+            f"agree-{spec.replace(':', '-')}",
+            precision=precision,
+            options=chosen,
+            forced=False,
+            model=model,
+            data=ordered[order],
+        )
         found = sorted(Path(result["folder"]).glob("*.jsonl"))
         if found and "failed_with" not in result:
             files[spec] = str(found[0])
@@ -39,7 +48,18 @@ def run_agree(board: Board, model: str, base: str, data: str, engines: Sequence[
         return None
     pairs = board.folder / "pairs.json"
     pairs.write_text(json.dumps({"results": files}), encoding="utf-8")
-    command = [sys.executable, "-m", "benchmarks.inference_agree", "reference", "--model", model, "--base", base, "--pairs", pairs]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.inference_agree",
+        "reference",
+        "--model",
+        model,
+        "--base",
+        base,
+        "--pairs",
+        pairs,
+    ]
     done = board.run_process("agree reference", command, 300)
     lines = [line.removeprefix("RESULT ") for line in done["output"].splitlines() if line.startswith("RESULT ")]
     for line in lines:
@@ -52,7 +72,10 @@ def run_agree(board: Board, model: str, base: str, data: str, engines: Sequence[
 def write_ordered(data: Path, folder: Path) -> dict[str, Path]:
     """The rows under ids of their own, as they are and from the last to the first."""
     with open(data, encoding="utf-8", newline="") as file:
-        rows = [{"id": index} | {name: value for name, value in row.items() if name != "id"} for index, row in enumerate(csv.DictReader(file))]
+        rows = [
+            {"id": index} | {name: value for name, value in row.items() if name != "id"}
+            for index, row in enumerate(csv.DictReader(file))
+        ]
     paths = {"": folder / "agree.csv", "reversed": folder / "agree-reversed.csv"}
     for path, taken in zip(paths.values(), (rows, rows[::-1]), strict=True):
         with open(path, "w", encoding="utf-8", newline="") as file:
@@ -130,7 +153,9 @@ class Reference:
         return {
             "id": row["id"],
             "index": place.index,
-            "tokens": [None if token is None else self.tokenizer.convert_ids_to_tokens(token) for token in place.tokens],
+            "tokens": [
+                None if token is None else self.tokenizer.convert_ids_to_tokens(token) for token in place.tokens
+            ],
             "log_probabilities": [None if token is None else round(float(values[token]), 4) for token in place.tokens],
             "best": self.tokenizer.convert_ids_to_tokens(best.indices.tolist()),
             "best_gap": round(float(best.values[0] - best.values[1]), 4),
@@ -148,26 +173,46 @@ def run_reference(model: str, base: str, file: Path) -> None:
     from benchmarks.inference_model import choose_device
 
     files = json.loads(file.read_text(encoding="utf-8"))["results"]
-    answers = {spec: [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line] for spec, path in files.items()}
+    answers = {
+        spec: [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
+        for spec, path in files.items()
+    }
     answers = {spec: sorted(rows, key=lambda row: int(row["id"])) for spec, rows in answers.items()}
     reference = Reference(model, base, choose_device())
     for left, right in pair_up(list(answers)):
         compared = compare_answers(answers[left], answers[right])
-        texts = {index: [answers[spec][index]["raw_text"] for spec in (left, right)] for index in compared.pop("differing")}
+        texts = {
+            index: [answers[spec][index]["raw_text"] for spec in (left, right)] for index in compared.pop("differing")
+        }
         places = [reference.describe_divergence(answers[left][index], both) for index, both in texts.items()]
         listed = [place for place in places if place is not None]
         widest = max((place["best_gap"] for place in listed), default=0.0)
-        result = {"pair": [left, right], **compared, "divergences": len(listed), "widest_best_gap": widest, "listed": listed}
+        result = {
+            "pair": [left, right],
+            **compared,
+            "divergences": len(listed),
+            "widest_best_gap": widest,
+            "listed": listed,
+        }
         print("RESULT", json.dumps(result, ensure_ascii=False), flush=True)
-    expected = {spec: [reference.read_label_probability(render(row), row["raw_text"]) for row in rows] for spec, rows in answers.items()}
+    expected = {
+        spec: [reference.read_label_probability(render(row), row["raw_text"]) for row in rows]
+        for spec, rows in answers.items()
+    }
     told = {spec: [row.get("label_probability") for row in rows] for spec, rows in answers.items()}
     unparsed = {spec: sum(row["parse_status"] != "ok" for row in rows) for spec, rows in answers.items()}
     first = next(iter(answers))
     rounded = Reference(model, base, reference.device, "bfloat16")
-    told["plain transformers:bf16"] = [rounded.read_label_probability(render(row), row["raw_text"]) for row in answers[first]]
+    told["plain transformers:bf16"] = [
+        rounded.read_label_probability(render(row), row["raw_text"]) for row in answers[first]
+    ]
     expected["plain transformers:bf16"] = expected[first]
     for spec, values in told.items():
-        pairs = [(value, exact) for value, exact in zip(values, expected[spec], strict=True) if value is not None and exact is not None]
+        pairs = [
+            (value, exact)
+            for value, exact in zip(values, expected[spec], strict=True)
+            if value is not None and exact is not None
+        ]
         differences = [abs(value - exact) for value, exact in pairs]
         result = {"engine": spec, "rows": len(values), "without_probability": len(values) - len(pairs)}
         result |= {"undecided": sum(0.01 < exact < 0.99 for _, exact in pairs)}

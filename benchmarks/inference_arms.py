@@ -54,7 +54,9 @@ def run_bare_vllm(arguments: argparse.Namespace) -> dict:
     # The converted tokenizer adds no BOS by itself; here it is put in front once.
     encoded = tokenizer(prompts, add_special_tokens=False).input_ids
     inputs = [{"prompt_token_ids": [tokenizer.bos_token_id, *ids]} for ids in encoded]
-    settings = [SamplingParams(temperature=0.0, max_tokens=length, min_tokens=length, ignore_eos=True) for length in lengths]
+    settings = [
+        SamplingParams(temperature=0.0, max_tokens=length, min_tokens=length, ignore_eos=True) for length in lengths
+    ]
     outputs = llm.generate(inputs, settings, use_tqdm=False)
     texts = [output.outputs[0].text for output in outputs]
     done = time.monotonic()
@@ -79,20 +81,33 @@ def run_original(arguments: argparse.Namespace) -> dict:
     device = choose_device()
     imported = time.monotonic()
     compute = torch.bfloat16 if device == "cuda" else torch.float32
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, quantization_config=nf4, dtype=compute, device_map={"": device}, attn_implementation="sdpa")
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.model, quantization_config=nf4, dtype=compute, device_map={"": device}, attn_implementation="sdpa"
+    )
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     loaded = time.monotonic()
     prompts, lengths = read_workload(arguments.data, arguments.max_rows)
 
     def answer(start: int, length: int) -> list[str]:
-        rows = [[tokenizer.bos_token_id, *ids] for ids in tokenizer(prompts[start : start + BATCH], add_special_tokens=False).input_ids]
+        rows = [
+            [tokenizer.bos_token_id, *ids]
+            for ids in tokenizer(prompts[start : start + BATCH], add_special_tokens=False).input_ids
+        ]
         width = max(map(len, rows))
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
         with torch.inference_mode():
             written = model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=length, min_new_tokens=length, do_sample=False, pad_token_id=0, eos_token_id=2
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=length,
+                min_new_tokens=length,
+                do_sample=False,
+                pad_token_id=0,
+                eos_token_id=2,
             )
         return tokenizer.batch_decode(written[:, width:].tolist(), skip_special_tokens=True)  # waits for the GPU
 

@@ -23,11 +23,22 @@ def run_memory(board: Board, rows: int, options: Sequence[str] = ()) -> None:
     for count in (rows, rows * TIMES):
         data = board.folder / f"short-{count}.csv"
         write_pairs(data, count)
-        command = [sys.executable, "-m", "ray_jobs.run_inference", "--model", "data/sample/tiny-mistral", "--data", str(data), "--no-cot"]
+        command = [
+            sys.executable,
+            "-m",
+            "ray_jobs.run_inference",
+            "--model",
+            "data/sample/tiny-mistral",
+            "--data",
+            str(data),
+            "--no-cot",
+        ]
         command += ["--results-dir", str(board.folder / "results" / f"memory-{time.time_ns()}"), *options]
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
             started = time.monotonic()
-            process = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
             sampler = MemorySampler(process.pid, ROLES)
             try:
                 status = process.wait(max(5.0, board.deadline - time.monotonic()))
@@ -38,10 +49,24 @@ def run_memory(board: Board, rows: int, options: Sequence[str] = ()) -> None:
             log.seek(0)
             text = log.read()
         board.record(
-            {"arm": "memory", "rows": count, "exit_status": status, "wall_seconds": round(time.monotonic() - started, 1), "peak_megabytes": peaks[count]}
+            {
+                "arm": "memory",
+                "rows": count,
+                "exit_status": status,
+                "wall_seconds": round(time.monotonic() - started, 1),
+                "peak_megabytes": peaks[count],
+            }
             | ({"end": text[-1500:]} if status else {})
         )
         if status:
             return
     small, large = peaks.values()
-    board.record({"memory": {role: round(large[role]["pss"] / small[role]["pss"], 3) for role in small if role in large and small[role]["pss"]}})
+    board.record(
+        {
+            "memory": {
+                role: round(large[role]["pss"] / small[role]["pss"], 3)
+                for role in small
+                if role in large and small[role]["pss"]
+            }
+        }
+    )

@@ -10,13 +10,32 @@ from pathlib import Path
 
 from benchmarks.mistral_v3 import copy_tokenizer, save_tokenizer
 
-COMMON = {"vocab_size": 32768, "rope_theta": 1e6, "sliding_window": None, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
+COMMON = {
+    "vocab_size": 32768,
+    "rope_theta": 1e6,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 SHAPES = {
     "7b": COMMON
-    | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }
     | {"head_dim": 128, "max_position_embeddings": 32768},
     "tiny": COMMON
-    | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    | {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     | {"head_dim": 32, "max_position_embeddings": 2048},
 }
 RANK, ALPHA = 32, 64
@@ -64,7 +83,10 @@ def build_adapter(base: Path, folder: Path, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     width = config["hidden_size"]
-    inner, narrow = config["num_attention_heads"] * config["head_dim"], config["num_key_value_heads"] * config["head_dim"]
+    inner, narrow = (
+        config["num_attention_heads"] * config["head_dim"],
+        config["num_key_value_heads"] * config["head_dim"],
+    )
     sizes = {"q_proj": (width, inner), "k_proj": (width, narrow), "v_proj": (width, narrow), "o_proj": (inner, width)}
     chance, tensors = torch.Generator().manual_seed(seed), {}
     for layer in range(config["num_hidden_layers"]):
@@ -72,7 +94,14 @@ def build_adapter(base: Path, folder: Path, seed: int) -> None:
             stem = f"base_model.model.model.layers.{layer}.self_attn.{name}"
             tensors[f"{stem}.lora_A.weight"] = torch.randn(RANK, into, generator=chance) / into**0.5
             tensors[f"{stem}.lora_B.weight"] = torch.randn(out, RANK, generator=chance) * 0.005
-    adapter_config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.0}
+    adapter_config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "lora_dropout": 0.0,
+    }
     adapter_config |= {"bias": "none", "target_modules": list(TARGETS), "inference_mode": True, "fan_in_fan_out": False}
     (folder / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2) + "\n", encoding="utf-8")
     write_card(folder, str(base), "none", "bf16", 512)

@@ -44,7 +44,11 @@ def _cell(value: object) -> str:
 
 def find_newest(results: Sequence[Mapping], arm: str, precision: str) -> Mapping | None:
     """The newest good result of an arm."""
-    found = [result for result in results if result.get("arm") == arm and result.get("precision") == precision and result.get("rows_seconds")]
+    found = [
+        result
+        for result in results
+        if result.get("arm") == arm and result.get("precision") == precision and result.get("rows_seconds")
+    ]
     return found[-1] if found else None
 
 
@@ -55,13 +59,17 @@ def find_ratios(results: Sequence[Mapping]) -> dict[str, float]:
         job, bare = find_newest(results, "job", precision), find_newest(results, "bare-vllm", precision)
         if job and bare:
             ratios[f"job rows ÷ bare rows, {precision}"] = round(job["rows_seconds"] / bare["rows_seconds"], 3)
-            ratios[f"job whole − bare load and rows, {precision}, s"] = round(job["wall_seconds"] - bare["load_seconds"] - bare["rows_seconds"], 1)
+            ratios[f"job whole − bare load and rows, {precision}, s"] = round(
+                job["wall_seconds"] - bare["load_seconds"] - bare["rows_seconds"], 1
+            )
     original = find_newest(results, "original", "nf4")
     for arm in ("job", "transformers"):
         for precision in PRECISIONS:
             found = find_newest(results, arm, precision)
             if original and found:
-                ratios[f"{arm} rows/s ÷ original rows/s, {precision}"] = round(found["rows_per_second"] / original["rows_per_second"], 1)
+                ratios[f"{arm} rows/s ÷ original rows/s, {precision}"] = round(
+                    found["rows_per_second"] / original["rows_per_second"], 1
+                )
     return ratios
 
 

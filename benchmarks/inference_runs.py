@@ -44,12 +44,23 @@ class Board:
                 file.write(line + "\n")
         return dict(result)
 
-    def run_process(self, name: str, command: Sequence[str], limit_seconds: float, environment: Mapping[str, str] | None = None) -> dict:
+    def run_process(
+        self, name: str, command: Sequence[str], limit_seconds: float, environment: Mapping[str, str] | None = None
+    ) -> dict:
         """Run a command; {"exit_status", "wall_seconds", "peak_gpu_gb", "output"}, where exit status 124 means that its time ran out."""
         limit = min(limit_seconds, self.deadline - time.monotonic())
         if limit < 5:
-            return {"exit_status": 124, "wall_seconds": 0.0, "peak_gpu_gb": None, "output": "no time left in this command's budget"}
-        with own_caches(self.folder) as caches, GPUSampler(self.gpu) as sampler, tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
+            return {
+                "exit_status": 124,
+                "wall_seconds": 0.0,
+                "peak_gpu_gb": None,
+                "output": "no time left in this command's budget",
+            }
+        with (
+            own_caches(self.folder) as caches,
+            GPUSampler(self.gpu) as sampler,
+            tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file,
+        ):
             started = time.monotonic()
             process = subprocess.Popen(
                 list(map(str, command)),
@@ -68,7 +79,9 @@ class Board:
             process.wait()
             file.seek(0)
             output = file.read()
-        self._log(f"==== {name}: {' '.join(map(str, command))}\n{output}\n==== {name}: exit status {status}, {wall:.1f} s\n")
+        self._log(
+            f"==== {name}: {' '.join(map(str, command))}\n{output}\n==== {name}: exit status {status}, {wall:.1f} s\n"
+        )
         return {"exit_status": status, "wall_seconds": round(wall, 2), "peak_gpu_gb": sampler.peak_gb, "output": output}
 
     def run_bare(self, precision: str, limit_seconds: float = 330) -> dict:
@@ -77,28 +90,78 @@ class Board:
 
     def run_original(self, max_rows: int = 0, limit_seconds: float = 240) -> dict:
         """The original's way."""
-        return self._run_arm("original", "nf4", [*self._options("original", "nf4"), *(["--max-rows", max_rows] if max_rows else [])], limit_seconds)
+        return self._run_arm(
+            "original",
+            "nf4",
+            [*self._options("original", "nf4"), *(["--max-rows", max_rows] if max_rows else [])],
+            limit_seconds,
+        )
 
     def _options(self, arm: str, precision: str) -> list[str]:
-        return [sys.executable, "-m", "benchmarks.inference_arms", arm, "--model", self.base, "--data", self.data, "--precision", precision]
+        return [
+            sys.executable,
+            "-m",
+            "benchmarks.inference_arms",
+            arm,
+            "--model",
+            self.base,
+            "--data",
+            self.data,
+            "--precision",
+            precision,
+        ]
 
     def _run_arm(self, arm: str, precision: str, command: Sequence[str], limit_seconds: float) -> dict:
         done = self.run_process(f"{arm} {precision}", command, limit_seconds)
         line = next((line for line in reversed(done["output"].splitlines()) if line.startswith("RESULT ")), None)
-        result = {"arm": arm, "precision": precision, "wall_seconds": done["wall_seconds"], "peak_gpu_gb": done["peak_gpu_gb"]}
+        result = {
+            "arm": arm,
+            "precision": precision,
+            "wall_seconds": done["wall_seconds"],
+            "peak_gpu_gb": done["peak_gpu_gb"],
+        }
         if line is None:
             return self.record(result | explain(done))
         return self.record(add_rates(result | json.loads(line.removeprefix("RESULT "))))
 
-    def run_job(self, arm: str = "job", *, precision: str, options: Sequence[str] = (), forced: bool = True, limit_seconds: float = 330, **named) -> dict:
+    def run_job(
+        self,
+        arm: str = "job",
+        *,
+        precision: str,
+        options: Sequence[str] = (),
+        forced: bool = True,
+        limit_seconds: float = 330,
+        **named,
+    ) -> dict:
         """`python -m ray_jobs.run_inference` as a user types it. `named` replaces model and data; results lie in the result's "folder"."""
         results = self.folder / "results" / f"{arm}-{precision}-{time.time_ns()}"
-        command = [sys.executable, "-m", "ray_jobs.run_inference", "--model", named.get("model", self.base), "--data", named.get("data", self.data)]
+        command = [
+            sys.executable,
+            "-m",
+            "ray_jobs.run_inference",
+            "--model",
+            named.get("model", self.base),
+            "--data",
+            named.get("data", self.data),
+        ]
         weights, _, cache = precision.partition("-kv_")
         settings = ["--precision", weights, *(["--kv-cache-dtype", cache] if cache else [])]
-        command += ["--results-dir", results, *settings, *(["--completion-length-column", "num_tokens"] if forced else []), *options]
+        command += [
+            "--results-dir",
+            results,
+            *settings,
+            *(["--completion-length-column", "num_tokens"] if forced else []),
+            *options,
+        ]
         done = self.run_process(f"{arm} {precision}", command, limit_seconds)
-        result = {"arm": arm, "precision": precision, "wall_seconds": done["wall_seconds"], "peak_gpu_gb": done["peak_gpu_gb"], "folder": str(results)}
+        result = {
+            "arm": arm,
+            "precision": precision,
+            "wall_seconds": done["wall_seconds"],
+            "peak_gpu_gb": done["peak_gpu_gb"],
+            "folder": str(results),
+        }
         files = sorted(path for path in results.glob("*.json") if not path.name.endswith(".manifest.json"))
         if done["exit_status"] or not files:
             return self.record(result | explain(done))
@@ -117,7 +180,10 @@ def read_job(files: Sequence[Path]) -> dict:
     answers = [row for content in contents for row in content["rows"]]
     timing = contents[0].get("timing") or {}
     found = {"rows": len(answers), "failed": sum(row["parse_status"] == "request_failed" for row in answers)}
-    found |= {f"{kind}_tokens": sum(row.get(f"num_{name}_tokens") or 0 for row in answers) for kind, name in (("output", "completion"), ("prompt", "prompt"))}
+    found |= {
+        f"{kind}_tokens": sum(row.get(f"num_{name}_tokens") or 0 for row in answers)
+        for kind, name in (("output", "completion"), ("prompt", "prompt"))
+    }
     found |= {name: timing.get(name) for name in ("load_seconds", "compile_seconds", "peak_memory_gb", "engines")}
     return found | {"rows_seconds": timing.get("row_seconds"), "job_seconds": timing.get("seconds")}
 

@@ -82,7 +82,12 @@ class StepEngine:
                 future.set_result(Generation(render_completion("so " * length, 1), "stop", 60, length, probability=0.9))
 
     def figures(self) -> dict:
-        return {"load_seconds": self._pace.load_seconds, "compile_seconds": None, "peak_memory_gb": None, "batch_size": self._pace.at_once}
+        return {
+            "load_seconds": self._pace.load_seconds,
+            "compile_seconds": None,
+            "peak_memory_gb": None,
+            "batch_size": self._pace.at_once,
+        }
 
     def close(self) -> None:
         pass
@@ -119,13 +124,29 @@ def measure(lengths: Sequence[int], num_workers: int, pace: Pace, folder: Path) 
     with open(data, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["premise", "hypothesis", "label", "num_tokens"])
-        writer.writerows([f"Person {index} walks home.", "Somebody moves.", index % 2, length] for index, length in enumerate(lengths))
-    values = {"model": str(REPOSITORY / "data/sample/tiny-mistral"), "data": str(data), "results_dir": str(folder), "precision": "bf16", "use_gpu": False}
-    values |= {"run_name": f"{len(lengths)}-{num_workers}", "num_workers": num_workers, "completion_length_column": "num_tokens"}
+        writer.writerows(
+            [f"Person {index} walks home.", "Somebody moves.", index % 2, length]
+            for index, length in enumerate(lengths)
+        )
+    values = {
+        "model": str(REPOSITORY / "data/sample/tiny-mistral"),
+        "data": str(data),
+        "results_dir": str(folder),
+        "precision": "bf16",
+        "use_gpu": False,
+    }
+    values |= {
+        "run_name": f"{len(lengths)}-{num_workers}",
+        "num_workers": num_workers,
+        "completion_length_column": "num_tokens",
+    }
     path = inference.run(inference.InferenceConfig(**values))
     timing = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["timing"]
     found = {"rows": len(lengths), "workers": num_workers, "seconds": timing["row_seconds"]}
-    return found | {"perfect_seconds": round(find_perfect_seconds(lengths, num_workers, pace), 2), "rows_per_second": timing["rows_per_second"]}
+    return found | {
+        "perfect_seconds": round(find_perfect_seconds(lengths, num_workers, pace), 2),
+        "rows_per_second": timing["rows_per_second"],
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -149,8 +170,17 @@ def main(argv: list[str] | None = None) -> None:
             for result in found:
                 print(json.dumps(result), flush=True)
             first, last = found[0], found[-1]
-            ratios = {"ratio": first["seconds"] / last["seconds"], "perfect_ratio": first["perfect_seconds"] / last["perfect_seconds"]}
-            print(json.dumps({"rows": rows, "workers": last["workers"]} | {name: round(value, 3) for name, value in ratios.items()}), flush=True)
+            ratios = {
+                "ratio": first["seconds"] / last["seconds"],
+                "perfect_ratio": first["perfect_seconds"] / last["perfect_seconds"],
+            }
+            print(
+                json.dumps(
+                    {"rows": rows, "workers": last["workers"]}
+                    | {name: round(value, 3) for name, value in ratios.items()}
+                ),
+                flush=True,
+            )
     ray.shutdown()
 
 

@@ -41,7 +41,10 @@ def draw_pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
     chance = numpy.random.default_rng(seed + 1)
     pairs = []
     for _ in range(count):
-        lengths = [int(numpy.clip(chance.normal(mean, deviation), low, high)) for mean, deviation, low, high in ((100, 22, 40, 220), (17, 4, 5, 40))]
+        lengths = [
+            int(numpy.clip(chance.normal(mean, deviation), low, high))
+            for mean, deviation, low, high in ((100, 22, 40, 220), (17, 4, 5, 40))
+        ]
         premise, hypothesis = (" ".join(chance.choice(WORDS, length)).capitalize() + "." for length in lengths)
         pairs.append((premise, hypothesis))
     return pairs
@@ -53,7 +56,9 @@ def write_workload(path: Path, count: int = ROWS, longest: int = CAP) -> None:
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "premise", "hypothesis", "label", "num_tokens"])
-        for index, ((premise, hypothesis), length) in enumerate(zip(draw_pairs(count), draw_lengths(count), strict=True)):
+        for index, ((premise, hypothesis), length) in enumerate(
+            zip(draw_pairs(count), draw_lengths(count), strict=True)
+        ):
             writer.writerow([index, premise, hypothesis, index * 7 % 3 % 2, min(length, longest)])
 
 
@@ -63,7 +68,9 @@ def read_workload(path: Path, max_rows: int = 0) -> tuple[list[str], list[int]]:
 
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))[: max_rows or None]
-    return [render_student_prompt(row["premise"], row["hypothesis"]) for row in rows], [int(row["num_tokens"]) for row in rows]
+    return [render_student_prompt(row["premise"], row["hypothesis"]) for row in rows], [
+        int(row["num_tokens"]) for row in rows
+    ]
 
 
 def count_steps(lengths: list[int], batch: int = BATCH) -> int:

@@ -31,29 +31,72 @@ class Head:
             self.environment.setdefault("RAY_AUTH_MODE", "token")
         gcs, dashboard, client, agent, agent_grpc = free_ports(5)
         self.address = f"http://127.0.0.1:{dashboard}"
-        self.command = ["ray", "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", f"--port={gcs}"]
-        self.command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
-        self.command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}", f"--temp-dir={folder / 'ray'}"]
+        self.command = [
+            "ray",
+            "start",
+            "--head",
+            "--block",
+            "--disable-usage-stats",
+            "--node-ip-address=127.0.0.1",
+            f"--port={gcs}",
+        ]
+        self.command += [
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={dashboard}",
+            f"--ray-client-server-port={client}",
+        ]
+        self.command += [
+            f"--dashboard-agent-listen-port={agent}",
+            f"--dashboard-agent-grpc-port={agent_grpc}",
+            f"--temp-dir={folder / 'ray'}",
+        ]
         self.command += ["--num-cpus=4", "--num-gpus=0", "--object-store-memory=300000000"] if cpu else []
 
     def __enter__(self) -> "Head":
         print("$", " ".join(self.command), flush=True)
         with open(self.folder / "head.log", "wb") as log:
-            self.process = subprocess.Popen(self.command, env=self.environment, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            self.process = subprocess.Popen(
+                self.command,
+                env=self.environment,
+                cwd=self.folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         deadline = time.monotonic() + 120
         while True:
-            listed = subprocess.run(["ray", "job", "list", "--address", self.address], env=self.environment, capture_output=True, text=True, check=False)
+            listed = subprocess.run(
+                ["ray", "job", "list", "--address", self.address],
+                env=self.environment,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
             if listed.returncode == 0:
                 return self
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.__exit__()
-                raise RuntimeError(f"the head did not start; {listed.stderr[-1000:]}; {(self.folder / 'head.log').read_text()[-2000:]}")
+                raise RuntimeError(
+                    f"the head did not start; {listed.stderr[-1000:]}; {(self.folder / 'head.log').read_text()[-2000:]}"
+                )
             time.sleep(0.5)
 
     def submit(self, command: Sequence[str], output: IO) -> subprocess.Popen:
         """Start `ray job submit`, which ends when the job does."""
-        submitted = ["ray", "job", "submit", "--address", self.address, "--runtime-env", "runtime_env.yaml", "--", *command]
-        return subprocess.Popen(submitted, cwd=self.checkout, env=self.environment, stdout=output, stderr=subprocess.STDOUT)
+        submitted = [
+            "ray",
+            "job",
+            "submit",
+            "--address",
+            self.address,
+            "--runtime-env",
+            "runtime_env.yaml",
+            "--",
+            *command,
+        ]
+        return subprocess.Popen(
+            submitted, cwd=self.checkout, env=self.environment, stdout=output, stderr=subprocess.STDOUT
+        )
 
     def __exit__(self, *error: object) -> None:
         """End every process that the head started, and only those."""

@@ -27,16 +27,31 @@ def write_rows(path: Path, num_rows: int) -> None:
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "premise", "hypothesis", "label"])
-        writer.writerows([row["id"], row["premise"], row["hypothesis"], int(row["id"]) % 2] for row in map(make_row, range(num_rows)))
+        writer.writerows(
+            [row["id"], row["premise"], row["hypothesis"], int(row["id"]) % 2] for row in map(make_row, range(num_rows))
+        )
 
 
-def run_stage(server: RunningServer, folder: Path, num_rows: int, workers: int, in_flight: int, samples_memory: bool = False) -> dict:
+def run_stage(
+    server: RunningServer, folder: Path, num_rows: int, workers: int, in_flight: int, samples_memory: bool = False
+) -> dict:
     """Run the stage in a new folder. Raises RuntimeError, with the end of its output, if it fails or the server's bill is not one call a row."""
     folder.mkdir(parents=True)
     write_rows(folder / "rows.csv", num_rows)
     server.reset_bill()
-    command = [sys.executable, "-m", "ray_jobs.generate_thoughts", f"--base-url={server.base_url}", f"--input-csv={folder}/rows.csv"]
-    command += [f"--output-jsonl={folder}/thoughts.jsonl", f"--ledger-dir={folder}/ledger", f"--workers={workers}", f"--max-in-flight={in_flight}"]
+    command = [
+        sys.executable,
+        "-m",
+        "ray_jobs.generate_thoughts",
+        f"--base-url={server.base_url}",
+        f"--input-csv={folder}/rows.csv",
+    ]
+    command += [
+        f"--output-jsonl={folder}/thoughts.jsonl",
+        f"--ledger-dir={folder}/ledger",
+        f"--workers={workers}",
+        f"--max-in-flight={in_flight}",
+    ]
     with open(folder / "log", "w+", encoding="utf-8") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         sampler = MemorySampler(process.pid) if samples_memory else None
@@ -46,7 +61,9 @@ def run_stage(server: RunningServer, folder: Path, num_rows: int, workers: int, 
         text = log.read()
     bill = server.bill()
     if status or bill["billed"] != num_rows or bill["repeated"]:
-        raise RuntimeError(f"exit status {status}, {bill['billed']} calls billed, {bill['repeated']} repeated; {text[-2000:]}")
+        raise RuntimeError(
+            f"exit status {status}, {bill['billed']} calls billed, {bill['repeated']} repeated; {text[-2000:]}"
+        )
     result = {"calls": num_rows, "seconds": bill["seconds"], "calls_per_second": (num_rows - 1) / bill["seconds"]}
     return result | ({"peak_megabytes": peaks} if samples_memory else {})
 
@@ -85,7 +102,10 @@ class MemorySampler:
             processes = psutil.Process(self._root).children(recursive=True)
         except psutil.Error:
             return found
-        for process_id, role in [(self._root, "driver"), *((process.pid, _role_of(process, self._roles)) for process in processes)]:
+        for process_id, role in [
+            (self._root, "driver"),
+            *((process.pid, _role_of(process, self._roles)) for process in processes),
+        ]:
             sizes = _read_sizes(process_id) if role else None
             if sizes:
                 found.append((role, sizes))
@@ -107,5 +127,7 @@ def _read_sizes(process_id: int) -> dict[str, float] | None:
         lines = Path(f"/proc/{process_id}/smaps_rollup").read_text().splitlines()
     except OSError:
         return None
-    sizes = {line.split(":")[0].lower(): int(line.split()[1]) / 1024 for line in lines if line.startswith(("Pss:", "Rss:"))}
+    sizes = {
+        line.split(":")[0].lower(): int(line.split()[1]) / 1024 for line in lines if line.startswith(("Pss:", "Rss:"))
+    }
     return sizes or None

@@ -41,7 +41,9 @@ def fraction_of(*parts: object) -> float:
 def write_content(body: Mapping) -> str:
     """The text of the right answer to a request."""
     texts = [str(message.get("content") or "") for message in body["messages"]]
-    digest = hashlib.blake2b("\0".join([str(body["model"]), *texts]).encode("utf-8", "surrogatepass"), digest_size=32).digest()
+    digest = hashlib.blake2b(
+        "\0".join([str(body["model"]), *texts]).encode("utf-8", "surrogatepass"), digest_size=32
+    ).digest()
     told = _find_told_label(texts[-1])
     fields: dict[str, object] = {}
     for index, name in enumerate(_find_fields(body)):
@@ -51,7 +53,9 @@ def write_content(body: Mapping) -> str:
             if name == "predicted_label" and told is not None:
                 fields[name] = told if digest[31] < 256 * SHARE_TOLD else 1 - told
         else:
-            fields[name] = _write_words(digest, index, *(THOUGHT_WORDS if name.endswith("thought_process") else SHORT_WORDS))
+            fields[name] = _write_words(
+                digest, index, *(THOUGHT_WORDS if name.endswith("thought_process") else SHORT_WORDS)
+            )
     return json.dumps(fields)
 
 
@@ -59,14 +63,20 @@ def _write_words(digest: bytes, index: int, fewest: int, most: int) -> str:
     number = int.from_bytes(digest[index : index + 8], "big")
     count, start, step = fewest + number % (most - fewest + 1), number >> 8, 1 + (number >> 24) % (len(WORDS) - 1)
     # The digest itself stands in the text, so that two requests never share an answer.
-    return f"{digest[:6].hex()} " + " ".join([WORDS[(start + step * position) % len(WORDS)] for position in range(count)]) + "."
+    return (
+        f"{digest[:6].hex()} "
+        + " ".join([WORDS[(start + step * position) % len(WORDS)] for position in range(count)])
+        + "."
+    )
 
 
 def _find_fields(body: Mapping) -> tuple[str, ...]:
     schema = ((body.get("response_format") or {}).get("json_schema") or {}).get("schema") or {}
     if "properties" in schema:
         return tuple(schema["properties"])
-    return _fields_named_by(next((str(message.get("content")) for message in body["messages"] if message["role"] == "system"), ""))
+    return _fields_named_by(
+        next((str(message.get("content")) for message in body["messages"] if message["role"] == "system"), "")
+    )
 
 
 @lru_cache(maxsize=256)
@@ -117,7 +127,9 @@ def _load_tekken_v7() -> object:
     import mistral_common
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-    data = json.loads((Path(mistral_common.__file__).parent / "data" / "tekken_240718.json").read_text(encoding="utf-8"))
+    data = json.loads(
+        (Path(mistral_common.__file__).parent / "data" / "tekken_240718.json").read_text(encoding="utf-8")
+    )
     data["config"]["version"] = "v7"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tekken.json"

@@ -62,7 +62,9 @@ class TeacherServer:
     def __init__(self, settings: Settings, count: str = "fast", batch_polls: int = 2) -> None:
         self.settings = settings
         self.bill = Bill()
-        self._count_prompt, self._count_text = load_exact_counters() if count == "exact" else (count_fast, count_text_fast)
+        self._count_prompt, self._count_text = (
+            load_exact_counters() if count == "exact" else (count_fast, count_text_fast)
+        )
         self._accepted: deque[float] = deque()
         self._num_chat_calls = 0
         self.batch = BatchEndpoints(self, batch_polls)
@@ -91,7 +93,9 @@ class TeacherServer:
             key = key_of(body)
             content = write_content(body)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            return self.refuse(422, {"detail": [{"type": "invalid", "loc": ["body"], "msg": f"{type(error).__name__}: {error}"}]})
+            return self.refuse(
+                422, {"detail": [{"type": "invalid", "loc": ["body"], "msg": f"{type(error).__name__}: {error}"}]}
+            )
         bill.asked[key] += 1
         fault = self.settings.faults.choose(key, bill.asked[key])
         if fault is not None:
@@ -108,7 +112,9 @@ class TeacherServer:
             return web.Response(body=reply, content_type="application/json")
         return await answer_billed(request, self.settings.faults, fault, reply)
 
-    def charge(self, bill: Bill, number: int | None, key: str, body: Mapping, content: str, half_price: bool = False) -> bytes:
+    def charge(
+        self, bill: Bill, number: int | None, key: str, body: Mapping, content: str, half_price: bool = False
+    ) -> bytes:
         """Bill one call and write its completion."""
         kind = self.settings.faults.choose_content(key)
         if kind is not None:
@@ -125,21 +131,36 @@ class TeacherServer:
             "created": 1760000000,
             "model": body["model"],
             "choices": [
-                {"index": 0, "message": {"role": "assistant", "content": content, "tool_calls": None, "prefix": False}, "finish_reason": finish_reason}
+                {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": content, "tool_calls": None, "prefix": False},
+                    "finish_reason": finish_reason,
+                }
             ],
-            "usage": {"prompt_tokens": num_prompt, "completion_tokens": num_completion, "total_tokens": num_prompt + num_completion},
+            "usage": {
+                "prompt_tokens": num_prompt,
+                "completion_tokens": num_completion,
+                "total_tokens": num_prompt + num_completion,
+            },
         }
         return json.dumps(completion).encode()
 
     def refuse(self, status: int, body: Mapping, headers: Mapping[str, str] | None = None) -> web.Response:
         """An answer that is no success, counted."""
         self.bill.refused[str(status)] += 1
-        return web.Response(status=status, body=json.dumps(body).encode(), content_type="application/json", headers=headers)
+        return web.Response(
+            status=status, body=json.dumps(body).encode(), content_type="application/json", headers=headers
+        )
 
     def _refuse_key(self, request: web.BaseRequest) -> web.Response | None:
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")
         limit = self.settings.refuse_after
-        if scheme == "Bearer" and key and self.settings.key in ("", key) and (limit is None or self._num_chat_calls <= limit):
+        if (
+            scheme == "Bearer"
+            and key
+            and self.settings.key in ("", key)
+            and (limit is None or self._num_chat_calls <= limit)
+        ):
             return None
         return self.refuse(401, {"detail": "Unauthorized"})
 
@@ -159,7 +180,9 @@ class TeacherServer:
     async def _handle_control(self, request: web.BaseRequest) -> web.Response:
         """The bill and the settings: not part of what a client sees."""
         if request.path == "/bill" and request.method == "GET":
-            summary = self.bill.summarise(float(request.query.get("window", WINDOW_SECONDS))) | {"batch": self.batch.summarise()}
+            summary = self.bill.summarise(float(request.query.get("window", WINDOW_SECONDS))) | {
+                "batch": self.batch.summarise()
+            }
             return web.json_response(summary | ({"calls": dict(self.bill.calls)} if request.query.get("calls") else {}))
         if request.path == "/bill/reset" and request.method == "POST":
             self.bill = Bill()
@@ -174,7 +197,11 @@ class TeacherServer:
                 for name, value in (await request.json()).items():
                     if not hasattr(self.settings, name):
                         return web.json_response({"message": f"there is no setting {name!r}"}, status=422)
-                    setattr(self.settings, name, read_script(value, self.settings.faults.seed) if name == "faults" else value)
+                    setattr(
+                        self.settings,
+                        name,
+                        read_script(value, self.settings.faults.seed) if name == "faults" else value,
+                    )
             except FaultScriptError as error:
                 return web.json_response({"message": str(error)}, status=422)
             return web.json_response({})
@@ -244,10 +271,21 @@ def start_teacher_server(faults: Mapping | None = None, port: int = 0, **options
     with tempfile.TemporaryDirectory() as folder:
         port_file = Path(folder) / "port"
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-        command = [sys.executable, "-m", "benchmarks.teacher_server", f"--port={port}", f"--port-file={port_file}", *flags]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.teacher_server",
+            f"--port={port}",
+            f"--port-file={port_file}",
+            *flags,
+        ]
         root = Path(__file__).resolve().parent.parent
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])}
-        process = subprocess.Popen([*command, f"--faults={json.dumps(faults or {})}"], cwd=root, env=environment, stdout=subprocess.DEVNULL)
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+        }
+        process = subprocess.Popen(
+            [*command, f"--faults={json.dumps(faults or {})}"], cwd=root, env=environment, stdout=subprocess.DEVNULL
+        )
         server = None
         try:
             deadline = time.monotonic() + START_SECONDS
@@ -262,24 +300,39 @@ def start_teacher_server(faults: Mapping | None = None, port: int = 0, **options
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Serve a teacher that bills and misbehaves, on the loopback address, until interrupted.")
+    parser = argparse.ArgumentParser(
+        description="Serve a teacher that bills and misbehaves, on the loopback address, until interrupted."
+    )
     parser.add_argument("--port", type=int, default=0, help="0 picks a free one")
     parser.add_argument("--port-file", type=Path, help="file to write the chosen port to")
     parser.add_argument("--seed", type=int, default=0, help="of the fault script")
     parser.add_argument("--faults", default="{}", help="the fault script as JSON; see benchmarks/faults.py")
     parser.add_argument("--latency-seconds", type=float, default=0.0, help="waited before each answer")
-    parser.add_argument("--count", choices=("exact", "fast"), default="fast", help="tokens as mistral-common encodes them, or by characters")
-    parser.add_argument("--max-requests-per-minute", type=int, default=0, help="more are answered with 429; 0: no limit")
+    parser.add_argument(
+        "--count",
+        choices=("exact", "fast"),
+        default="fast",
+        help="tokens as mistral-common encodes them, or by characters",
+    )
+    parser.add_argument(
+        "--max-requests-per-minute", type=int, default=0, help="more are answered with 429; 0: no limit"
+    )
     parser.add_argument("--refuse-after", type=int, help="answer 401 after so many calls")
     parser.add_argument("--key", default="", help="the only API key that is accepted; empty: any")
-    parser.add_argument("--batch-polls", type=int, default=2, help="times that a batch job is looked at until it has ended")
+    parser.add_argument(
+        "--batch-polls", type=int, default=2, help="times that a batch job is looked at until it has ended"
+    )
     arguments = parser.parse_args()
     try:
         faults = read_script(arguments.faults, arguments.seed)
     except FaultScriptError as error:
         parser.error(f"--faults: {error}")
-    settings = Settings(faults, arguments.latency_seconds, arguments.max_requests_per_minute, arguments.refuse_after, arguments.key)
-    asyncio.run(serve(TeacherServer(settings, arguments.count, arguments.batch_polls), arguments.port, arguments.port_file))
+    settings = Settings(
+        faults, arguments.latency_seconds, arguments.max_requests_per_minute, arguments.refuse_after, arguments.key
+    )
+    asyncio.run(
+        serve(TeacherServer(settings, arguments.count, arguments.batch_polls), arguments.port, arguments.port_file)
+    )
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ SETTINGS = {
     # the memory estimate's other points
     "recompute-all": Setting({"activation_checkpointing": True, "micro_batch_tokens": 12500}, steps=4),
     "10gb": Setting({"activation_checkpointing": "auto", "memory_limit_gb": 10.0}, steps=4),
-    "rank-16-qv": Setting({**NO_DROPOUT, "lora_rank": 16, "target_modules": ("q_proj", "v_proj"), "micro_batch_tokens": 8400}, steps=4),
+    "rank-16-qv": Setting(
+        {**NO_DROPOUT, "lora_rank": 16, "target_modules": ("q_proj", "v_proj"), "micro_batch_tokens": 8400}, steps=4
+    ),
     "bf16-base": Setting({**NO_DROPOUT, "quantization": "none", "micro_batch_tokens": 8400}, steps=4),
     "int8-base": Setting({**NO_DROPOUT, "quantization": "int8", "micro_batch_tokens": 4200}, steps=4),
     # several GPUs
@@ -85,14 +87,37 @@ def main() -> None:
         if name not in SETTINGS and name not in OTHERS:
             parser.error(f"no setting {name}")
     for name in arguments.settings:
-        command = [sys.executable, __file__, "--run", name, "--baselines", arguments.baselines, *(["--tiny"] if arguments.tiny else [])]
+        command = [
+            sys.executable,
+            __file__,
+            "--run",
+            name,
+            "--baselines",
+            arguments.baselines,
+            *(["--tiny"] if arguments.tiny else []),
+        ]
         if name.startswith("baseline"):
             recompute = "0" if name == "baseline-no-recompute" else "1"
-            command = [sys.executable, f"{arguments.baselines}/train_bench.py", "nf4", "16", "0", recompute, "sdpa", "0", "5"]
+            command = [
+                sys.executable,
+                f"{arguments.baselines}/train_bench.py",
+                "nf4",
+                "16",
+                "0",
+                recompute,
+                "sdpa",
+                "0",
+                "5",
+            ]
         started = time.monotonic()
-        finished = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}, check=False)
+        finished = subprocess.run(
+            command, capture_output=True, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}, check=False
+        )
         lines = [line for line in finished.stdout.splitlines() if line.startswith(("RESULT", "PROFILE"))]
-        print("\n".join(lines) if lines else f"RESULT {json.dumps({'setting': name, 'failed': finished.stderr[-1500:]})}", flush=True)
+        print(
+            "\n".join(lines) if lines else f"RESULT {json.dumps({'setting': name, 'failed': finished.stderr[-1500:]})}",
+            flush=True,
+        )
         print(f"# {name}: {time.monotonic() - started:.0f} s", flush=True)
         if finished.returncode:
             print(f"# {name} ended with {finished.returncode}: {finished.stderr[-1500:]}", flush=True)
@@ -121,7 +146,9 @@ def prepare(tiny: bool) -> None:
         if not (MODEL / "tokenizer.json").exists():
             words = {**{f"t{index}": index for index in range(3, 32768)}, "<unk>": 0, "<s>": 1, "</s>": 2}
             tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-            PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", pad_token="<unk>", unk_token="<unk>").save_pretrained(MODEL)
+            PreTrainedTokenizerFast(
+                tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", pad_token="<unk>", unk_token="<unk>"
+            ).save_pretrained(MODEL)
     folder = rows_folder(tiny)
     if folder.exists():
         return
@@ -134,13 +161,24 @@ def prepare(tiny: bool) -> None:
         completion = [10 + token % (top - 10) for token in chance.integers(10, 32000, length).tolist()]
         if tiny:
             prompt, completion = prompt[::8], completion[::8]
-        values = ("train" if line < count - 16 else "dev", line, prompt + completion, [-100] * len(prompt) + completion, len(prompt) + len(completion))
+        values = (
+            "train" if line < count - 16 else "dev",
+            line,
+            prompt + completion,
+            [-100] * len(prompt) + completion,
+            len(prompt) + len(completion),
+        )
         for name, value in zip(columns, values, strict=True):
             columns[name].append(value)
     ids = pa.list_(pa.int32())
     folder.mkdir(parents=True)
     table = pa.table(
-        {**columns, "input_ids": pa.array(columns["input_ids"], ids), "labels": pa.array(columns["labels"], ids), "problem": [""] * len(columns["line"])}
+        {
+            **columns,
+            "input_ids": pa.array(columns["input_ids"], ids),
+            "labels": pa.array(columns["labels"], ids),
+            "problem": [""] * len(columns["line"]),
+        }
     )
     pq.write_table(table, folder / "0.parquet")
 
@@ -271,7 +309,11 @@ def speed(seconds, lengths, parameters: int, workers: int = 1) -> dict:
 
     median, tokens = float(numpy.median(seconds)), float(numpy.mean(lengths)) * 64
     rate = tokens / median
-    return {"seconds_a_step": round(median, 3), "tokens_per_second": round(rate), "useful_tflops": round(4 * parameters * rate / 1e12 / workers, 1)}
+    return {
+        "seconds_a_step": round(median, 3),
+        "tokens_per_second": round(rate),
+        "useful_tflops": round(4 * parameters * rate / 1e12 / workers, 1),
+    }
 
 
 def describe(trainer, config, tiny: bool) -> dict:
@@ -281,14 +323,24 @@ def describe(trainer, config, tiny: bool) -> dict:
     found = {
         "micro_batches": len(micros),
         "largest_micro_batch": max(micro["input_ids"].numel() for micro in micros),
-        "recomputed_layers": sum(bool(getattr(module, "gradient_checkpointing", False)) for module in trainer.model.get_base_model().model.layers),
+        "recomputed_layers": sum(
+            bool(getattr(module, "gradient_checkpointing", False))
+            for module in trainer.model.get_base_model().model.layers
+        ),
         "dropout": config.lora_dropout,
         "quantization": config.quantization,
         "rank": config.lora_rank,
     }
     if not tiny:
-        found |= {"peak_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2), "device": torch.cuda.get_device_name()}
-        found |= {"estimated_gb": round(estimated(trainer, config, found["largest_micro_batch"], found["recomputed_layers"]) / 2**30, 2)}
+        found |= {
+            "peak_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+            "device": torch.cuda.get_device_name(),
+        }
+        found |= {
+            "estimated_gb": round(
+                estimated(trainer, config, found["largest_micro_batch"], found["recomputed_layers"]) / 2**30, 2
+            )
+        }
     return found
 
 
@@ -316,7 +368,13 @@ def run_ray(name: str, setting: Setting, tiny: bool) -> None:
     ray.init(include_dashboard=False, num_cpus=4, num_gpus=0 if tiny else setting.workers, log_to_driver=True)
     from dataclasses import asdict
 
-    job = {"config": asdict(config), "output": config.output_dir, "tokenised": str(rows_folder(tiny)), "use_gpu": not tiny, "run_id": "bench"}
+    job = {
+        "config": asdict(config),
+        "output": config.output_dir,
+        "tokenised": str(rows_folder(tiny)),
+        "use_gpu": not tiny,
+        "run_id": "bench",
+    }
     started = time.monotonic()
     TorchTrainer(
         train_worker,
@@ -371,7 +429,9 @@ def run_equality(tiny: bool) -> None:
     total = sum(sum(label != -100 for label in labels) for labels in rows["labels"])
 
     def load(dtype: str, attention: str):
-        model = add_lora(load_base(base, "nf4", dtype, device, attention), 32, 64, 0.0, ("q_proj", "k_proj", "v_proj", "o_proj")).train()
+        model = add_lora(
+            load_base(base, "nf4", dtype, device, attention), 32, 64, 0.0, ("q_proj", "k_proj", "v_proj", "o_proj")
+        ).train()
         chance = torch.Generator().manual_seed(7)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -399,7 +459,9 @@ def run_equality(tiny: bool) -> None:
         (micro,) = GlobalBatches(rows, 8, 0, 1, max_tokens=100_000)[0]
         micro = {name: value.to(device) if hasattr(value, "to") else value for name, value in micro.items()}
         labels = micro.pop("labels")[0, 1:]
-        each = torch.nn.functional.cross_entropy(model(**micro, use_cache=False).logits[0, :-1].float(), labels, reduction="none")
+        each = torch.nn.functional.cross_entropy(
+            model(**micro, use_cache=False).logits[0, :-1].float(), labels, reduction="none"
+        )
         (each.sum() / total).backward()
         bounds = micro["cu_seq_lens_q"][1:-1].long().cpu() - 1
         pieces = zip(each.tensor_split(bounds), labels.tensor_split(bounds), strict=True)
@@ -423,7 +485,12 @@ def run_equality(tiny: bool) -> None:
         bf16_plain_and_fast=compare(plain_low, fast_low),
         fp32_plain_and_bf16_plain=compare(exact, plain_low),
         fp32_plain_and_bf16_fast=compare(exact, fast_low),
-        losses={"fp32": exact[0].tolist(), "fast fp32": fast_exact[0].tolist(), "bf16": plain_low[0].tolist(), "fast bf16": fast_low[0].tolist()},
+        losses={
+            "fp32": exact[0].tolist(),
+            "fast fp32": fast_exact[0].tolist(),
+            "bf16": plain_low[0].tolist(),
+            "fast bf16": fast_low[0].tolist(),
+        },
     )
 
 

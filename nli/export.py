@@ -79,24 +79,46 @@ def run(config: ExportConfig) -> Path:
     export or another process is at work on it.
     """
     check_gpu_choice(config.gpu, config.use_gpu)
-    base, adapter = describe_model(str(resolve_input(config.model, config.storage_root)), resolve_model(config.base_model, config.storage_root))
+    base, adapter = describe_model(
+        str(resolve_input(config.model, config.storage_root)), resolve_model(config.base_model, config.storage_root)
+    )
     if adapter is None:
         raise ModelError(f"{config.model}: a whole model, and no adapter to merge.")
     check_base(base)
     card = read_card(Path(adapter))
     if card is None:
-        raise ModelError(f"{adapter}: no {CARD} in it or above it, so nobody knows the base precision that the adapter was trained on.")
+        raise ModelError(
+            f"{adapter}: no {CARD} in it or above it, so nobody knows the base precision that the adapter was trained on."
+        )
     if config.form == "merged_nf4" and card["quantization"] != "nf4":
-        raise ConfigError(f"form merged_nf4 is for adapters trained on an NF4 base; this one's was {card['quantization']}: use merged_bf16.")
+        raise ConfigError(
+            f"form merged_nf4 is for adapters trained on an NF4 base; this one's was {card['quantization']}: use merged_bf16."
+        )
     output = resolve_output(config.output_dir, config.storage_root)
-    identity = {"form": config.form, "base_fingerprint": fingerprint_model(base), "adapter_sha256": sha256_file(find_weights(Path(adapter)))}
-    if (earlier := read_export(output)) is not None and all(earlier.get(name) == value for name, value in identity.items()):
+    identity = {
+        "form": config.form,
+        "base_fingerprint": fingerprint_model(base),
+        "adapter_sha256": sha256_file(find_weights(Path(adapter))),
+    }
+    if (earlier := read_export(output)) is not None and all(
+        earlier.get(name) == value for name, value in identity.items()
+    ):
         print(f"export: {output} holds this very model already: {describe_check(earlier['check'])}", flush=True)
         return output
     if output.exists() and any(output.iterdir()):
-        raise ResumeError(f"{output} is not empty and holds another model or other files; choose another output_dir. Nothing was changed.")
+        raise ResumeError(
+            f"{output} is not empty and holds another model or other files; choose another output_dir. Nothing was changed."
+        )
     rows = read_rows(config, Path(adapter))
-    job = {"config": as_dict(config), "base": base, "adapter": adapter, "card": card, "identity": identity, "rows": rows, "output": str(output)}
+    job = {
+        "config": as_dict(config),
+        "base": base,
+        "adapter": adapter,
+        "card": card,
+        "identity": identity,
+        "rows": rows,
+        "output": str(output),
+    }
     with contextlib.closing(lock_output(output)), connected(config.gpu):
         run_worker(job, config)
     report = read_export(output)
@@ -109,7 +131,9 @@ def run_worker(job: dict, config: ExportConfig) -> None:
     import ray
 
     use_gpu = ray.cluster_resources().get("GPU", 0) > 0 if config.use_gpu is None else config.use_gpu
-    task = ray.remote(export_worker).options(num_cpus=config.cpus_per_worker, num_gpus=1 if use_gpu else 0, max_retries=0)
+    task = ray.remote(export_worker).options(
+        num_cpus=config.cpus_per_worker, num_gpus=1 if use_gpu else 0, max_retries=0
+    )
     try:
         ray.get(task.remote(job | {"device": "cuda:0" if use_gpu else "cpu"}))
     except Exception as error:
@@ -121,20 +145,39 @@ def export_worker(job: dict) -> None:
     config, output, card = ExportConfig(**job["config"]), Path(job["output"]), job["card"]
     decoding = Decoding(max_new_tokens=config.max_new_tokens, label_probability=False)
     precision = card["compute_dtype"] if card["quantization"] == "none" else card["quantization"]
-    settings = EngineSettings(job["base"], (job["adapter"],), precision, card["compute_dtype"], decoding, config.batch_size, job["device"])
+    settings = EngineSettings(
+        job["base"], (job["adapter"],), precision, card["compute_dtype"], decoding, config.batch_size, job["device"]
+    )
     before = answer_rows(settings, job["rows"])
     free_memory()
     aside = output.with_name(f".{output.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
-    save_merged(merge(job["base"], job["adapter"], config.form, card["compute_dtype"], job["device"]), job["base"], aside)
+    save_merged(
+        merge(job["base"], job["adapter"], config.form, card["compute_dtype"], job["device"]), job["base"], aside
+    )
     free_memory()
-    provenance = {"merged": config.form, "precision": "bf16", "adapter": job["adapter"], "adapter_sha256": job["identity"]["adapter_sha256"]}
+    provenance = {
+        "merged": config.form,
+        "precision": "bf16",
+        "adapter": job["adapter"],
+        "adapter_sha256": job["identity"]["adapter_sha256"],
+    }
     write_atomic(aside / CARD, json.dumps(card | provenance, indent=2, ensure_ascii=False) + "\n")
     settings = replace(settings, base=str(aside), adapters=(), precision="bf16")
     check = compare_answers(job["rows"], before, answer_rows(settings, job["rows"]))
-    report = job["identity"] | {"base_model": job["base"], "adapter": job["adapter"], "check": check, "config": job["config"]}
+    report = job["identity"] | {
+        "base_model": job["base"],
+        "adapter": job["adapter"],
+        "check": check,
+        "config": job["config"],
+    }
     report |= {"trained_on": {"quantization": card["quantization"], "compute_dtype": card["compute_dtype"]}}
-    report |= {"commit": read_commit(), "versions": read_versions(), "hardware": read_hardware(), "device": job["device"]}
+    report |= {
+        "commit": read_commit(),
+        "versions": read_versions(),
+        "hardware": read_hardware(),
+        "device": job["device"],
+    }
     write_atomic(aside / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     for path in [*aside.iterdir(), aside]:
         flush_to_disk(path)
@@ -151,7 +194,9 @@ def merge(base: str, adapter: str, form: str, compute_dtype: str, device: str) -
     model = load_adapter(model.to(torch.bfloat16), adapter).merge_and_unload()
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise ModelError(f"{adapter}: merging makes {name} infinite or not a number; the adapter's training diverged.")
+            raise ModelError(
+                f"{adapter}: merging makes {name} infinite or not a number; the adapter's training diverged."
+            )
     model.config.dtype = torch.bfloat16
     return model
 
@@ -165,7 +210,9 @@ def save_merged(model: "PreTrainedModel", base: str, folder: Path) -> None:
         load_tokenizer(base).save_pretrained(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(folder, ignore_errors=True)
-        raise StorageError(f"{folder}: cannot be written ({first_line(error)}). Free space or choose another output_dir.") from None
+        raise StorageError(
+            f"{folder}: cannot be written ({first_line(error)}). Free space or choose another output_dir."
+        ) from None
 
 
 def read_rows(config: ExportConfig, adapter: Path) -> list[dict]:
@@ -175,16 +222,22 @@ def read_rows(config: ExportConfig, adapter: Path) -> list[dict]:
         path = resolve_input(config.dev_file, config.storage_root)
     else:
         manifests = [read_manifest(folder / "manifest.json") for folder in (adapter, adapter.parent)]
-        inputs = next((list(manifest["inputs"]) for manifest in manifests if manifest and manifest.get("stage") == "sft"), [])
+        inputs = next(
+            (list(manifest["inputs"]) for manifest in manifests if manifest and manifest.get("stage") == "sft"), []
+        )
         path = next((Path(name) for name in inputs[1:] if Path(name).is_file()), None)
         if path is None:
-            raise DataError(f"{adapter}: its run's dev file is not known or not there any more; give rows of stage 3 by --dev-file.")
+            raise DataError(
+                f"{adapter}: its run's dev file is not known or not there any more; give rows of stage 3 by --dev-file."
+            )
     rows = read_jsonl(path, SFTExample)
     count = min(config.check_rows, len(rows))
     return [rows[index * len(rows) // count] for index in range(count)]
 
 
-def answer_rows(settings: EngineSettings, rows: Sequence[dict]) -> tuple[list[Generation], list["torch.Tensor"], list["torch.Tensor"]]:
+def answer_rows(
+    settings: EngineSettings, rows: Sequence[dict]
+) -> tuple[list[Generation], list["torch.Tensor"], list["torch.Tensor"]]:
     """Greedy answers, and the logits before the first token and before the label of each row's own completion."""
     engine = TransformersEngine(settings)
     generations = answer_all(engine, [Request(row["prompt"], next(iter(settings.adapters), None)) for row in rows])
@@ -197,13 +250,18 @@ def answer_rows(settings: EngineSettings, rows: Sequence[dict]) -> tuple[list[Ge
     return generations, first, label
 
 
-def read_logits(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", row: dict) -> tuple["torch.Tensor", "torch.Tensor | None"]:
+def read_logits(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", row: dict
+) -> tuple["torch.Tensor", "torch.Tensor | None"]:
     """Logits in fp32 where the completion's first token and its label are told; the second is None where there is no label to be found."""
     import torch
 
     ids = encode_example(tokenizer, row["prompt"], row["completion"]).input_ids
     start = len(encode_prompt(tokenizer, row["prompt"]))
-    place = next((index for index in range(len(ids) - 2, start, -1) if tokenizer.decode([ids[index]]).strip() in ("0", "1")), None)
+    place = next(
+        (index for index in range(len(ids) - 2, start, -1) if tokenizer.decode([ids[index]]).strip() in ("0", "1")),
+        None,
+    )
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0]
     return logits[start - 1].float().cpu(), None if place is None else logits[place - 1].float().cpu()
@@ -237,7 +295,11 @@ def measure_difference(before: Sequence["torch.Tensor"], after: Sequence["torch.
     if not before:
         return None
     difference = (torch.stack(list(before)) - torch.stack(list(after))).abs()
-    return {"positions": len(before), "max": round(difference.max().item(), 5), "mean": round(difference.mean().item(), 6)}
+    return {
+        "positions": len(before),
+        "max": round(difference.max().item(), 5),
+        "mean": round(difference.mean().item(), 6),
+    }
 
 
 def read_label(generation: Generation) -> int | None:

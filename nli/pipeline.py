@@ -81,7 +81,9 @@ class PipelineConfig:
         if self.train.preflight:
             raise ConfigError("preflight looks at one training run: use train_sft --preflight.")
         if self.thoughts.dry_run or self.reflections.dry_run:
-            raise ConfigError("dry_run is for generate_thoughts and generate_reflections; a pipeline goes on with what they make.")
+            raise ConfigError(
+                "dry_run is for generate_thoughts and generate_reflections; a pipeline goes on with what they make."
+            )
         if self.thoughts.max_rows != self.inference.max_rows:
             raise ConfigError(
                 f"thoughts.max_rows {self.thoughts.max_rows} and inference.max_rows {self.inference.max_rows} differ, "
@@ -114,8 +116,15 @@ def run(config: PipelineConfig) -> Path:
 
 def settle(config: PipelineConfig) -> PipelineConfig:
     """The config with absolute paths of its inputs. Raises DataError for a file that is not there."""
-    files = {name: str(resolve_input(getattr(config, name), config.storage_root)) for name in ("train_csv", "dev_csv", "test_csv")}
-    return replace(config, **files, train=replace(config.train, base_model=resolve_model(config.train.base_model, config.storage_root)))
+    files = {
+        name: str(resolve_input(getattr(config, name), config.storage_root))
+        for name in ("train_csv", "dev_csv", "test_csv")
+    }
+    return replace(
+        config,
+        **files,
+        train=replace(config.train, base_model=resolve_model(config.train.base_model, config.storage_root)),
+    )
 
 
 def check(config: PipelineConfig, root: Path) -> None:
@@ -127,23 +136,31 @@ def check(config: PipelineConfig, root: Path) -> None:
     if config.run_sweep:
         plan_sweep(config, root)
     splits = {
-        name: read_examples(Path(getattr(config, f"{name}_csv")), config.thoughts.max_rows, need_labels=name != "test") for name in ("train", "dev", "test")
+        name: read_examples(Path(getattr(config, f"{name}_csv")), config.thoughts.max_rows, need_labels=name != "test")
+        for name in ("train", "dev", "test")
     }
     for left, right in itertools.combinations(splits, 2):
         pairs = {(row["premise"], row["hypothesis"]) for row in splits[left]}
         shared = [row for row in splits[right] if (row["premise"], row["hypothesis"]) in pairs]
         if shared:
             first = f"{shared[0]['premise']!r}, {shared[0]['hypothesis']!r}"
-            raise DataError(f"{len(shared)} pairs stand in both the {left} and the {right} file, the first: {first}. Remove them from one of the two.")
+            raise DataError(
+                f"{len(shared)} pairs stand in both the {left} and the {right} file, the first: {first}. Remove them from one of the two."
+            )
         if premises := shared_premises(splits[left], splits[right]):
-            print(f"pipeline: warning: {len(premises)} premises stand in both the {left} and the {right} file", flush=True)
+            print(
+                f"pipeline: warning: {len(premises)} premises stand in both the {left} and the {right} file", flush=True
+            )
 
 
 def check_room(config: PipelineConfig, root: Path) -> None:
     """Raise ConfigError if the workers of a later stage that is not finished have no room on this cluster."""
 
     def is_open(*outputs: str) -> bool:
-        return any((manifest := read_manifest(root / f"{output}manifest.json")) is None or manifest["status"] != "finished" for output in outputs)
+        return any(
+            (manifest := read_manifest(root / f"{output}manifest.json")) is None or manifest["status"] != "finished"
+            for output in outputs
+        )
 
     if is_open(*(f"models/{ablation}/" for ablation in config.ablations)):
         sft.check_room(config.train, is_next=False)
@@ -163,7 +180,9 @@ def generate(config: PipelineConfig, root: Path) -> None:
         thoughts.run(replace(config.thoughts, input_csv=csv, output_jsonl=answers, **shared))
     for split in ("train", "dev"):
         _heading(f"2 reflections: {split}")
-        answers, reflected = (str(root / "data" / folder / f"{split}.jsonl") for folder in ("original_thoughts", "reflected_thoughts"))
+        answers, reflected = (
+            str(root / "data" / folder / f"{split}.jsonl") for folder in ("original_thoughts", "reflected_thoughts")
+        )
         reflections.run(replace(config.reflections, thoughts=answers, output_jsonl=reflected, **shared))
 
 
@@ -172,7 +191,9 @@ def prepare(config: PipelineConfig, root: Path) -> None:
     _heading("3 SFT data")
     for ablation in config.ablations:
         for split in ("train", "dev"):
-            answers, reflected = (str(root / "data" / folder / f"{split}.jsonl") for folder in ("original_thoughts", "reflected_thoughts"))
+            answers, reflected = (
+                str(root / "data" / folder / f"{split}.jsonl") for folder in ("original_thoughts", "reflected_thoughts")
+            )
             sft_data.run(
                 PrepareSFTDataConfig(
                     thoughts=answers,
@@ -187,7 +208,10 @@ def train(config: PipelineConfig, root: Path) -> None:
     """Stage 4 for every ablation, `concurrent_runs` at a time, each then driven from a Ray task of its own."""
     import ray
 
-    waiting = [replace(config.train, **_sft_files(root, ablation), output_dir=str(root / "models" / ablation), gpu=None) for ablation in config.ablations]
+    waiting = [
+        replace(config.train, **_sft_files(root, ablation), output_dir=str(root / "models" / ablation), gpu=None)
+        for ablation in config.ablations
+    ]
     if config.concurrent_runs == 1:
         for each in waiting:
             sft.run(each)
@@ -209,11 +233,24 @@ def train(config: PipelineConfig, root: Path) -> None:
 def plan_sweep(config: PipelineConfig, root: Path) -> SweepConfig:
     """The sweep's config on the pipeline's files; all its trials are measured on the dev rows with true labels where there are any."""
     measured_on = "reflected" if "reflected" in config.ablations else config.ablations[0]
-    shared = replace(config.sweep.train, dev_file=_sft_files(root, measured_on)["dev_file"], base_model=config.train.base_model, gpu=None)
+    shared = replace(
+        config.sweep.train,
+        dev_file=_sft_files(root, measured_on)["dev_file"],
+        base_model=config.train.base_model,
+        gpu=None,
+    )
     ablations = tuple(ablation for ablation in config.sweep.ablation if ablation in config.ablations)
     if not ablations:
-        raise ConfigError(f"sweep.ablation {config.sweep.ablation} has none of the pipeline's ablations {config.ablations}; name one, or use --no-run-sweep.")
-    return replace(config.sweep, train=shared, ablation=ablations, train_files=_sft_files(root, "{ablation}")["train_file"], output_dir=str(root / "sweep"))
+        raise ConfigError(
+            f"sweep.ablation {config.sweep.ablation} has none of the pipeline's ablations {config.ablations}; name one, or use --no-run-sweep."
+        )
+    return replace(
+        config.sweep,
+        train=shared,
+        ablation=ablations,
+        train_files=_sft_files(root, "{ablation}")["train_file"],
+        output_dir=str(root / "sweep"),
+    )
 
 
 def plan_inference(config: PipelineConfig, root: Path) -> InferenceConfig:
@@ -234,10 +271,15 @@ def plan_inference(config: PipelineConfig, root: Path) -> InferenceConfig:
 def plan_evaluation(config: PipelineConfig, root: Path) -> EvaluatePredictionsConfig:
     """Teacher, base and adapters on the same rows."""
     names = ("base", *config.ablations)
-    manifests = sorted([*root.glob("data/*/*.manifest.json"), *root.glob("models/*/manifest.json"), *root.glob("sweep/manifest.json")])
+    manifests = sorted(
+        [*root.glob("data/*/*.manifest.json"), *root.glob("models/*/manifest.json"), *root.glob("sweep/manifest.json")]
+    )
     return replace(
         config.evaluation,
-        predictions=(str(root / "data" / "original_thoughts" / "test.jsonl"), *(str(root / "results" / f"{name}.jsonl") for name in names)),
+        predictions=(
+            str(root / "data" / "original_thoughts" / "test.jsonl"),
+            *(str(root / "results" / f"{name}.jsonl") for name in names),
+        ),
         names=("teacher", *names),
         output_dir=str(root / "results" / "evaluation"),
         sweep_json=str(root / "sweep" / "sweep.json") if config.run_sweep else "",
@@ -246,7 +288,9 @@ def plan_evaluation(config: PipelineConfig, root: Path) -> EvaluatePredictionsCo
 
 
 def _sft_files(root: Path, ablation: str) -> dict[str, str]:
-    return {f"{split}_file": str(root / "data" / "finetune" / f"{ablation}_{split}.jsonl") for split in ("train", "dev")}
+    return {
+        f"{split}_file": str(root / "data" / "finetune" / f"{ablation}_{split}.jsonl") for split in ("train", "dev")
+    }
 
 
 def _heading(text: str) -> None:

@@ -27,11 +27,28 @@ from nli.runtime.errors import ConfigError, NLIError
 from nli.runtime.files import resolve_output, write_atomic
 from nli.runtime.manifest import start_run
 from nli.task.records import Ablation
-from nli.training.run import FitPlan, TrainConfig, check_folder, check_room, fit, plan_fit, read_finished, worker_resources
+from nli.training.run import (
+    FitPlan,
+    TrainConfig,
+    check_folder,
+    check_room,
+    fit,
+    plan_fit,
+    read_finished,
+    worker_resources,
+)
 
 STOPPED = "stopped.json"
 TRIAL_CPUS = 0.01  # a trial only drives its training workers, which reserve their own
-_NO_AXES = {"num_workers", "cpus_per_worker", "gpu", "max_failures", "log_steps", "keep_checkpoints", "watch_rows"}  # they change no result
+_NO_AXES = {
+    "num_workers",
+    "cpus_per_worker",
+    "gpu",
+    "max_failures",
+    "log_steps",
+    "keep_checkpoints",
+    "watch_rows",
+}  # they change no result
 
 
 @config_class
@@ -64,7 +81,9 @@ class SweepConfig:
     def __post_init__(self) -> None:
         parse_extra_axes(self.extra_axes)
         if self.train.preflight:
-            raise ConfigError("preflight looks at one training run: use train_sft --preflight. A sweep checks all its trials before the first one starts.")
+            raise ConfigError(
+                "preflight looks at one training run: use train_sft --preflight. A sweep checks all its trials before the first one starts."
+            )
         if not (self.lora_rank and self.learning_rate and self.ablation):
             raise ConfigError("every axis needs at least one value.")
 
@@ -74,18 +93,24 @@ def parse_extra_axes(texts: tuple[str, ...]) -> dict[str, tuple]:
 
     Raises ConfigError for a name that is no numeric field, or one that changes no result, and for a value that is no number.
     """
-    numeric = [name for name, kind in get_type_hints(TrainConfig).items() if kind in (int, float) and name not in _NO_AXES]
+    numeric = [
+        name for name, kind in get_type_hints(TrainConfig).items() if kind in (int, float) and name not in _NO_AXES
+    ]
     axes: dict[str, tuple] = {}
     for text in texts:
         name, _, values = text.partition("=")
         if name not in field_names(TrainConfig):
-            raise ConfigError(f"sweep axis {name!r} is not a field of the training config.{nearest(name, field_names(TrainConfig))}")
+            raise ConfigError(
+                f"sweep axis {name!r} is not a field of the training config.{nearest(name, field_names(TrainConfig))}"
+            )
         if name in ("lora_rank", "learning_rate") or name in axes:
             raise ConfigError(f"sweep axis {name} is given twice.")
         if name not in numeric:
             raise ConfigError(f"sweep axis {name} cannot be swept over; axes are {', '.join(numeric)}.")
         try:
-            axes[name] = tuple(int(value) if value.strip().lstrip("-").isdigit() else float(value) for value in values.split(","))
+            axes[name] = tuple(
+                int(value) if value.strip().lstrip("-").isdigit() else float(value) for value in values.split(",")
+            )
         except ValueError:
             raise ConfigError(f"sweep axis {text!r} needs numbers: {name}=0,0.05.") from None
     return axes
@@ -93,7 +118,12 @@ def parse_extra_axes(texts: tuple[str, ...]) -> dict[str, tuple]:
 
 def list_trials(config: SweepConfig) -> dict[str, TrainConfig]:
     """The training config of every trial by the trial's name, which spells out its axes. Raises ConfigError for a value out of range."""
-    axes = {"ablation": config.ablation, "lora_rank": config.lora_rank, "learning_rate": config.learning_rate, **parse_extra_axes(config.extra_axes)}
+    axes = {
+        "ablation": config.ablation,
+        "lora_rank": config.lora_rank,
+        "learning_rate": config.learning_rate,
+        **parse_extra_axes(config.extra_axes),
+    }
     alpha_per_rank = config.train.lora_alpha / config.train.lora_rank
     trials = {}
     for values in itertools.product(*axes.values()):
@@ -102,7 +132,9 @@ def list_trials(config: SweepConfig) -> dict[str, TrainConfig]:
         ablation = chosen.pop("ablation")
         chosen.setdefault("lora_alpha", max(1, round(alpha_per_rank * chosen["lora_rank"])))
         chosen["train_file"] = config.train_files.replace("{ablation}", ablation)
-        trials[name] = replace(config.train, **chosen, output_dir=f"{config.output_dir}/{name}", storage_root=config.storage_root)
+        trials[name] = replace(
+            config.train, **chosen, output_dir=f"{config.output_dir}/{name}", storage_root=config.storage_root
+        )
     return trials
 
 
@@ -119,12 +151,21 @@ def run(config: SweepConfig) -> Path:
     for plan in plans.values():
         check_folder(plan)
     inputs = sorted({path for plan in plans.values() for path in plan.inputs})
-    record = start_run(output / "manifest.json", "sweep", identity, config, inputs, has_work=any(has_work(folder) for folder in output.glob("*/")))
+    record = start_run(
+        output / "manifest.json",
+        "sweep",
+        identity,
+        config,
+        inputs,
+        has_work=any(has_work(folder) for folder in output.glob("*/")),
+    )
     outcomes = {name: describe_trial(name, plan) for name, plan in plans.items()}
     pending = {name: plan for name, plan in plans.items() if outcomes[name]["status"] == "unfinished"}
     num_stopped = sum(trial["status"] == "stopped" for trial in outcomes.values())
     stopped = f", {num_stopped} stopped by the scheduler" if num_stopped else ""
-    print(f"sweep: {len(plans)} trials, {len(plans) - len(pending) - num_stopped} finished already{stopped}", flush=True)
+    print(
+        f"sweep: {len(plans)} trials, {len(plans) - len(pending) - num_stopped} finished already{stopped}", flush=True
+    )
     if pending:
         with connected(config.train.gpu):
             reasons = run_trials(pending, config, output)
@@ -133,11 +174,17 @@ def run(config: SweepConfig) -> Path:
     finished = [trial for trial in trials if trial["status"] == "finished"]
     if not finished:
         found = ", ".join(f"{trial['name']}: {trial['reason'] or trial['status']}" for trial in trials[:3])
-        raise NLIError(f"no trial of the sweep finished with a finite eval loss ({found}); try a lower learning_rate if they diverged.")
+        raise NLIError(
+            f"no trial of the sweep finished with a finite eval loss ({found}); try a lower learning_rate if they diverged."
+        )
     best = min(finished, key=lambda trial: trial["eval_loss"])
     write_atomic(output / "sweep.json", json.dumps({"trials": trials, "best": best}, indent=2, allow_nan=False) + "\n")
-    record.finish({"trials": len(plans), "finished": len(finished), "best": best["name"], "best_eval_loss": best["eval_loss"]})
-    print(f"sweep: best is {best['name']} with eval loss {best['eval_loss']:.4f} -> {output / 'sweep.json'}", flush=True)
+    record.finish(
+        {"trials": len(plans), "finished": len(finished), "best": best["name"], "best_eval_loss": best["eval_loss"]}
+    )
+    print(
+        f"sweep: best is {best['name']} with eval loss {best['eval_loss']:.4f} -> {output / 'sweep.json'}", flush=True
+    )
     return output / "sweep.json"
 
 
@@ -145,18 +192,37 @@ def describe_trial(name: str, plan: FitPlan, reason: str | None = None) -> dict:
     """One trial's line in sweep.json, from what lies in its folder; `reason` says why it failed just now."""
     axes = dict(part.split("=", 1) for part in name.split(","))
     values = {axis: getattr(plan.config, axis, text) for axis, text in axes.items()}
-    outcome = {"status": "unfinished" if reason is None else "failed", "eval_loss": None, "steps": None, "seconds": None}
+    outcome = {
+        "status": "unfinished" if reason is None else "failed",
+        "eval_loss": None,
+        "steps": None,
+        "seconds": None,
+    }
     if (result := read_finished(plan)) is not None:
         loss = _finite(result["eval_loss"])
-        outcome = {"status": "diverged" if loss is None else "finished", "eval_loss": loss, "steps": result["steps"], "seconds": result["train_seconds"]}
+        outcome = {
+            "status": "diverged" if loss is None else "finished",
+            "eval_loss": loss,
+            "steps": result["steps"],
+            "seconds": result["train_seconds"],
+        }
     elif reason is None and (stopped := read_stopped(plan)) is not None:
-        outcome = {"status": "stopped", "eval_loss": stopped["eval_loss"], "steps": stopped["steps"], "seconds": stopped["seconds"]}
+        outcome = {
+            "status": "stopped",
+            "eval_loss": stopped["eval_loss"],
+            "steps": stopped["steps"],
+            "seconds": stopped["seconds"],
+        }
     return {"name": name, **values, **outcome, "reason": reason, "adapter": str(plan.output)}
 
 
 def write_stopped(plan: FitPlan, result: Mapping) -> None:
     """Record that the scheduler has stopped a trial, with what the trial reported last."""
-    values = {"eval_loss": _finite(result["eval_loss"]), "steps": result["step"], "seconds": round(result["time_total_s"], 1)}
+    values = {
+        "eval_loss": _finite(result["eval_loss"]),
+        "steps": result["step"],
+        "seconds": round(result["time_total_s"], 1),
+    }
     write_atomic(plan.output / STOPPED, json.dumps({"identity": plan.identity, **values}, indent=2) + "\n")
 
 
@@ -195,14 +261,21 @@ def run_trials(plans: Mapping[str, FitPlan], config: SweepConfig, output: Path) 
     needed = worker_resources(config.train, use_gpu)
     room = min(resources.get(name, 0) / (amount * config.train.num_workers) for name, amount in needed.items())
     concurrent = config.max_concurrent_trials or max(1, int(room))
-    clock = {"time_attr": "step" if config.train.eval_steps else "epoch", "grace_period": config.grace_evaluations * max(1, config.train.eval_steps)}
+    clock = {
+        "time_attr": "step" if config.train.eval_steps else "epoch",
+        "grace_period": config.grace_evaluations * max(1, config.train.eval_steps),
+    }
     asha = RecordingASHA(**clock, max_t=10**9)
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     tuner = tune.Tuner(
         tune.with_resources(trial, {"CPU": TRIAL_CPUS}),
         param_space={"name": tune.grid_search(list(plans))},
         tune_config=tune.TuneConfig(
-            metric="eval_loss", mode="min", max_concurrent_trials=concurrent, scheduler=asha if config.scheduler == "asha" else None, reuse_actors=False
+            metric="eval_loss",
+            mode="min",
+            max_concurrent_trials=concurrent,
+            scheduler=asha if config.scheduler == "asha" else None,
+            reuse_actors=False,
         ),
         run_config=tune.RunConfig(name="ray_tune", storage_path=str(output), verbose=0),
     )

@@ -12,7 +12,11 @@ def main(argv: list[str]) -> None:
     """Read the config and run the stage."""
     from nli.evaluation.run import EvaluatePredictionsConfig, run
 
-    run(parse_config(EvaluatePredictionsConfig, argv, prog="python -m ray_jobs.evaluate_predictions", description=__doc__))
+    run(
+        parse_config(
+            EvaluatePredictionsConfig, argv, prog="python -m ray_jobs.evaluate_predictions", description=__doc__
+        )
+    )
 
 
 if __name__ == "__main__":

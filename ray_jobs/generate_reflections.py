@@ -10,7 +10,11 @@ from nli.runtime.config import parse_config, start_job
 def main(argv: list[str]) -> None:
     from nli.teacher.reflections import GenerateReflectionsConfig, run
 
-    run(parse_config(GenerateReflectionsConfig, argv, prog="python -m ray_jobs.generate_reflections", description=__doc__))
+    run(
+        parse_config(
+            GenerateReflectionsConfig, argv, prog="python -m ray_jobs.generate_reflections", description=__doc__
+        )
+    )
 
 
 if __name__ == "__main__":

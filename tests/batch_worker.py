@@ -27,7 +27,10 @@ RUN = "thoughts.jsonl"
 def make_rows(num_rows: int) -> list[dict]:
     """Rows whose ids say which they are; every tenth repeats the pair of the one before it."""
     numbers = [number - (number % 10 == 9) for number in range(num_rows)]
-    return [{"id": str(index), "premise": f"Two dogs ran {number} times.", "hypothesis": "Animals moved."} for index, number in enumerate(numbers)]
+    return [
+        {"id": str(index), "premise": f"Two dogs ran {number} times.", "hypothesis": "Animals moved."}
+        for index, number in enumerate(numbers)
+    ]
 
 
 def make_config(base_url: str, **values) -> TeacherConfig:
@@ -42,7 +45,11 @@ def run_batches(folder: Path, config: TeacherConfig, num_rows: int, hook=lambda 
     reader = LedgerReader(folder)
 
     def find_done(keys):
-        return {key for key, (_, is_complete) in read_outcomes(PROMPT, reader, keys, config.repair_invalid).items() if is_complete}
+        return {
+            key
+            for key, (_, is_complete) in read_outcomes(PROMPT, reader, keys, config.repair_invalid).items()
+            if is_complete
+        }
 
     with tempfile.TemporaryDirectory() as place, Worklist(Path(place) / "rows.sqlite") as worklist:
         worklist.fill(((row, first_key(config, PROMPT, row)) for row in rows), Path("rows.csv"))
@@ -52,11 +59,18 @@ def run_batches(folder: Path, config: TeacherConfig, num_rows: int, hook=lambda 
         answers = {}
         for chunk in worklist.iterate():
             outcomes = read_outcomes(PROMPT, reader, [key for _, key in chunk], config.repair_invalid)
-            answers |= {row["id"]: [str(outcomes[key][0].status), outcomes[key][0].raw_text, outcomes[key][0].problem] for row, key in chunk}
+            answers |= {
+                row["id"]: [str(outcomes[key][0].status), outcomes[key][0].raw_text, outcomes[key][0].problem]
+                for row, key in chunk
+            }
     totals = ledger.read_totals(RUN)
     reader.close()
     ledger.close()
-    return {"answers": answers, "totals": vars(totals), "failed": sum(status == ParseStatus.REQUEST_FAILED for status, _, _ in answers.values())}
+    return {
+        "answers": answers,
+        "totals": vars(totals),
+        "failed": sum(status == ParseStatus.REQUEST_FAILED for status, _, _ in answers.values()),
+    }
 
 
 def main(arguments: dict) -> None:

@@ -23,15 +23,23 @@ class Answer:
     headers: dict = field(default_factory=dict)
     body: str | bytes | None = None
     finish_reason: str | None = "stop"
-    usage: dict | None = field(default_factory=lambda: {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15})
+    usage: dict | None = field(
+        default_factory=lambda: {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
+    )
     delay_seconds: float = 0.0
     hang_up: bool = False
 
     def render(self) -> bytes:
         if self.body is not None:
             return self.body if isinstance(self.body, bytes) else self.body.encode()
-        choice = {"index": 0, "message": {"role": "assistant", "content": self.text}, "finish_reason": self.finish_reason}
-        return json.dumps({"id": "1", "object": "chat.completion", "model": "toy-1", "choices": [choice], "usage": self.usage}).encode()
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": self.text},
+            "finish_reason": self.finish_reason,
+        }
+        return json.dumps(
+            {"id": "1", "object": "chat.completion", "model": "toy-1", "choices": [choice], "usage": self.usage}
+        ).encode()
 
 
 @dataclass
@@ -57,7 +65,9 @@ class ChatServer:
             self._in_flight -= 1
         if answer.hang_up:
             request.transport.close()
-        return web.Response(status=answer.status, body=answer.render(), headers=answer.headers, content_type="application/json")
+        return web.Response(
+            status=answer.status, body=answer.render(), headers=answer.headers, content_type="application/json"
+        )
 
 
 def with_server(answers: Sequence[Answer], use: Callable[[ChatServer], Awaitable]) -> object:

@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 # Before anything imports Ray or a Hugging Face library.
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+}
 os.environ |= {"MISTRAL_API_KEY": "test-key-of-no-account", "WANDB_MODE": "disabled"}
 for name in ("RAY_ADDRESS", "NLI_STORAGE_ROOT", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
     os.environ.pop(name, None)
@@ -19,7 +24,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TINY_BASE = str(REPOSITORY / "data/sample/tiny-mistral")
 
 
-def run_timed(command: list[str], enough: float, tries: int = 3, limit: float = 60) -> tuple[subprocess.CompletedProcess, float]:
+def run_timed(
+    command: list[str], enough: float, tries: int = 3, limit: float = 60
+) -> tuple[subprocess.CompletedProcess, float]:
     """The quickest of some runs of a command, and its seconds; one that takes less than `enough` is the last.
 
     What else the machine does is not the command's fault: the time in which it could have run and others had the CPU does not count.
@@ -31,7 +38,9 @@ def run_timed(command: list[str], enough: float, tries: int = 3, limit: float = 
             process = subprocess.Popen(command, cwd=REPOSITORY, stdout=shown, stderr=errors, text=True)
             killer = threading.Timer(limit, process.kill)
             killer.start()
-            schedule = Path(f"/proc/{process.pid}/schedstat")  # ns on a CPU, ns of waiting for one, time slices; there until it is reaped
+            schedule = Path(
+                f"/proc/{process.pid}/schedstat"
+            )  # ns on a CPU, ns of waiting for one, time slices; there until it is reaped
             if schedule.exists():
                 os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
                 waited = int(schedule.read_text().split()[1]) / 1e9
@@ -42,7 +51,9 @@ def run_timed(command: list[str], enough: float, tries: int = 3, limit: float = 
             killer.cancel()
             process.wait()
             shown.seek(0), errors.seek(0)
-            runs.append((seconds, subprocess.CompletedProcess(command, process.returncode, shown.read(), errors.read())))
+            runs.append(
+                (seconds, subprocess.CompletedProcess(command, process.returncode, shown.read(), errors.read()))
+            )
     seconds, done = min(runs, key=lambda run: run[0])
     return done, seconds
 

@@ -63,7 +63,11 @@ class FakeEngine:
             raise ValueError(f"{request.adapter} is not loaded")
         premise = request.prompt.split("Premise: ")[1].split("\nHypothesis: ")[0]
         if self._fake.company:
-            wait_until(lambda: len(Path(f"{self._fake.log}.loaded").read_text(encoding="utf-8").splitlines()) >= self._fake.company)
+            wait_until(
+                lambda: (
+                    len(Path(f"{self._fake.log}.loaded").read_text(encoding="utf-8").splitlines()) >= self._fake.company
+                )
+            )
         if self._fake.gate and "wait" in premise:
             wait_until(Path(self._fake.gate).exists)
         fault = "" if self._fake.is_healthy else premise
@@ -82,10 +86,17 @@ class FakeEngine:
         label = request.seed % 2 if self._settings.decoding.temperature else len(premise) % 2
         adapter = Path(request.adapter).name if request.adapter else "base"
         text = render_completion(f"{adapter}: {premise}", label)
-        return Generation(text, "stop", len(request.prompt), request.num_tokens or len(text), probability=0.25 + 0.5 * label)
+        return Generation(
+            text, "stop", len(request.prompt), request.num_tokens or len(text), probability=0.25 + 0.5 * label
+        )
 
     def figures(self) -> dict:
-        told = {"load_seconds": self._fake.load_seconds, "compile_seconds": None, "peak_memory_gb": None, "batch_size": self._fake.at_once}
+        told = {
+            "load_seconds": self._fake.load_seconds,
+            "compile_seconds": None,
+            "peak_memory_gb": None,
+            "batch_size": self._fake.at_once,
+        }
         return told | {"num_adapters": len(self._settings.adapters)}
 
     def close(self) -> None:

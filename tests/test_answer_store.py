@@ -28,7 +28,13 @@ from nli.task.prompts import render_completion
 from nli.task.records import Answer, row_key
 
 ODD = "two\r\ndogs\u2028 \x00 'quoted' \"n/a\" 犬 🐕"
-FRAME = {"answered_by": "m", "prompt_name": "student", "prompt_sha256": "0", "precision": "nf4", "engine": "transformers"}
+FRAME = {
+    "answered_by": "m",
+    "prompt_name": "student",
+    "prompt_sha256": "0",
+    "precision": "nf4",
+    "engine": "transformers",
+}
 
 
 @pytest.fixture
@@ -79,7 +85,9 @@ def test_what_was_put_survives_the_death_of_the_process(tmp_path):
         "for n in range(100): store.put([(str(n), False, '{}')])\n"
         "print('put', flush=True); store.put((str(n), False, '{}') for n in iter(int, 1))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent
+    )
     assert process.stdout.readline() == "put\n"
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -110,10 +118,14 @@ def test_a_damaged_file_is_named_with_its_cure_and_left_alone(tmp_path):
     path.unlink()
     store = AnswerStore(path)
     store.put([entry("a"), ("b", False, '{"raw_text": "cut')])
-    with pytest.raises(StorageError, match=r"run\.answers\.sqlite: damaged \(an answer is not JSON: .*\)\. Move it away"):
+    with pytest.raises(
+        StorageError, match=r"run\.answers\.sqlite: damaged \(an answer is not JSON: .*\)\. Move it away"
+    ):
         store.read(["a", "b"])
     store._db.executescript("DROP TABLE answers; CREATE TABLE answers (id, text)")
-    with pytest.raises(StorageError, match=r"damaged \(its columns are id, text, not key, failed, answer, stored_at\)\. Move it away"):
+    with pytest.raises(
+        StorageError, match=r"damaged \(its columns are id, text, not key, failed, answer, stored_at\)\. Move it away"
+    ):
         store.check()
     store.close()
 
@@ -121,7 +133,9 @@ def test_a_damaged_file_is_named_with_its_cure_and_left_alone(tmp_path):
 def test_a_full_disk_keeps_what_was_stored_before(store):
     store.put([entry("a", "kept")])
     store._db.execute("PRAGMA max_page_count=4")
-    with pytest.raises(StorageError, match=r"cannot be read or written \(database or disk is full\).*what was stored before is kept"):
+    with pytest.raises(
+        StorageError, match=r"cannot be read or written \(database or disk is full\).*what was stored before is kept"
+    ):
         store.put(entry(str(number), "x" * 5000) for number in range(100))
     assert store.read(["a", "0"]) == {"a": {"raw_text": "kept"}}
 
@@ -130,13 +144,19 @@ def test_a_finished_output_is_read_in_where_the_store_is_gone(store, tmp_path):
     rows = [example(number, ODD) | to_answer(FRAME, [said(1)]) for number in range(3)]
     rows.append(example(3) | to_failed(FRAME, "no such token"))
     output = tmp_path / "run.jsonl"
-    output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="\n")
+    output.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="\n"
+    )
     store.read_in(output)
     keys = [row_key(row) for row in rows]
     assert store.find_done(keys) == set(keys[:3])
     assert example(0, ODD) | store.read(keys)[keys[0]] == rows[0]
     again = json.dumps(example(7) | to_answer(FRAME, [said(1)])) + "\n"
-    for faulty in ({"id": "1"}, example(8) | {"parse_status": "ok"}, example(8, "\ud800") | to_answer(FRAME, [said(1)])):
+    for faulty in (
+        {"id": "1"},
+        example(8) | {"parse_status": "ok"},
+        example(8, "\ud800") | to_answer(FRAME, [said(1)]),
+    ):
         output.write_text(again + json.dumps(faulty) + "\n")
         with pytest.raises(DataError, match=r"run\.jsonl:2: not a row of this project"):
             store.read_in(output)
@@ -156,9 +176,22 @@ def test_columns_of_the_pairs_file_are_not_read_in_so_that_an_edited_one_is_seen
 
 
 def test_files_are_made_from_rows_and_store_alone(store, tmp_path):
-    rows = [example(0, ODD, 1), example(1, label=0) | {"phenomenon": "negation"}, example(2, label=None), example(3, label=0)]
-    answers = [to_answer(FRAME, [said(1, ODD, 0.9)]), to_answer(FRAME, [said(1)]), to_answer(FRAME, [said(0)]), to_failed(FRAME, "gone")]
-    store.put((row_key(row), answer["parse_status"] != "ok", json.dumps(answer)) for row, answer in zip(rows, answers, strict=True))
+    rows = [
+        example(0, ODD, 1),
+        example(1, label=0) | {"phenomenon": "negation"},
+        example(2, label=None),
+        example(3, label=0),
+    ]
+    answers = [
+        to_answer(FRAME, [said(1, ODD, 0.9)]),
+        to_answer(FRAME, [said(1)]),
+        to_answer(FRAME, [said(0)]),
+        to_failed(FRAME, "gone"),
+    ]
+    store.put(
+        (row_key(row), answer["parse_status"] != "ok", json.dumps(answer))
+        for row, answer in zip(rows, answers, strict=True)
+    )
     output = tmp_path / "run.jsonl"
     with Worklist(tmp_path / "rows.sqlite") as worklist:
         worklist.fill(((row, row_key(row).encode()) for row in rows), tmp_path / "in.csv")
@@ -177,7 +210,11 @@ def test_files_are_made_from_rows_and_store_alone(store, tmp_path):
         }
         assert tally.metrics["confusion"] == [[1, 0, 0], [1, 0, 1]]
         write_report(output, {"status": "finished", "counts": {}})
-        assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8")) == {"status": "finished", "counts": {}, "rows": written}
+        assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8")) == {
+            "status": "finished",
+            "counts": {},
+            "rows": written,
+        }
         write_table(output)
         assert "\r\n1,Two dogs ran.,Animals moved.,0,1,,T," in (tmp_path / "run.csv").read_bytes().decode()
     with Worklist(tmp_path / "rows.sqlite") as worklist:
@@ -196,9 +233,17 @@ def test_the_last_words_on_a_run_say_what_failed_how_that_is_mended_and_what_was
 
 def test_the_speed_of_a_pass_that_answered_for_several_models_is_not_told_as_one_model_s():
     counts = {"rows": 60, "unparsed": 0, "failed": 0, "forced": 0, "labelled": 0}
-    figures = {"rows": [60, 40], "seconds": 5.0, "tokens": 1000, "engines": [{"load_seconds": 2.0, "compile_seconds": None, "peak_memory_gb": None}]}
+    figures = {
+        "rows": [60, 40],
+        "seconds": 5.0,
+        "tokens": 1000,
+        "engines": [{"load_seconds": 2.0, "compile_seconds": None, "peak_memory_gb": None}],
+    }
     told = summarise("run", counts, describe_figures(figures, 0, 9.0), "").splitlines()
-    assert told[1:] == ["  20.0 rows/s, 200 tokens/s for all models of this pass, 100 rows", "  load 2.0 s, rows 5.0 s, in all 9.0 s"]
+    assert told[1:] == [
+        "  20.0 rows/s, 200 tokens/s for all models of this pass, 100 rows",
+        "  load 2.0 s, rows 5.0 s, in all 9.0 s",
+    ]
     alone = summarise("run", counts, describe_figures(figures | {"rows": [60]}, 0, 9.0), "").splitlines()
     assert alone[1] == "  12.0 rows/s, 200 tokens/s"
 
@@ -229,7 +274,12 @@ def test_each_sample_has_a_seed_of_its_own_in_every_run():
 
 
 VOTES = {
-    "most win, with the first thought that voted so": ([(0, "a", None), (1, "b", None), (1, "c", None)], 1, "b", [1, 2]),
+    "most win, with the first thought that voted so": (
+        [(0, "a", None), (1, "b", None), (1, "c", None)],
+        1,
+        "b",
+        [1, 2],
+    ),
     "unparsed samples do not vote": ([None, None, (0, "a", None)], 0, "a", [1, 0]),
     "a tie goes to the higher mean probability": ([(0, "a", 0.4), (1, "b", 0.9)], 1, "b", [1, 1]),
     "and that may be the lower label": ([(1, "a", 0.55), (0, "b", 0.1)], 0, "b", [1, 1]),
@@ -241,7 +291,9 @@ VOTES = {
 
 @pytest.mark.parametrize(("samples", "label", "thought", "votes"), VOTES.values(), ids=list(VOTES))
 def test_samples_vote(samples, label, thought, votes):
-    generations = [said(sample[0], sample[1], sample[2]) if sample else Generation("no idea", "stop", 60, 2) for sample in samples]
+    generations = [
+        said(sample[0], sample[1], sample[2]) if sample else Generation("no idea", "stop", 60, 2) for sample in samples
+    ]
     answer = to_answer(FRAME, generations)
     assert (answer["predicted_label"], answer["thought_process"], answer["votes"]) == (label, thought, votes)
     assert answer["num_completion_tokens"] == sum(5 if sample else 2 for sample in samples)
@@ -253,9 +305,18 @@ def test_one_sample_has_no_votes_and_a_failed_one_takes_no_part():
     assert to_answer(FRAME, [said(1, probability=0.7)])["label_probability"] == 0.7
     failed = Generation(None, None, 61, None, "control token")
     answer = to_answer(FRAME, [failed])
-    assert (answer["parse_status"], answer["problem"], answer["raw_text"], answer["num_prompt_tokens"]) == ("request_failed", "control token", "", 61)
+    assert (answer["parse_status"], answer["problem"], answer["raw_text"], answer["num_prompt_tokens"]) == (
+        "request_failed",
+        "control token",
+        "",
+        61,
+    )
     answers = [to_answer(FRAME, [failed]), to_answer(FRAME, [said(1, probability=0.8)])]
-    assert (vote(answers)["predicted_label"], vote(answers)["label_probability"], vote(answers)["num_completion_tokens"]) == (1, 0.8, 5)
+    assert (
+        vote(answers)["predicted_label"],
+        vote(answers)["label_probability"],
+        vote(answers)["num_completion_tokens"],
+    ) == (1, 0.8, 5)
 
 
 def drain(leases, worker, kills=(), most=10**6):
@@ -380,7 +441,10 @@ def test_an_engine_that_dies_whatever_it_is_given_is_named_with_its_log():
         assert leases.take("a", 1536)
         leases.bury("a", "the device is gone")
     reason = leases.begin("a", "/logs/worker.err")
-    assert reason == "3 starts in a row ended before a row was finished, the last one so: the device is gone. Its log: /logs/worker.err"
+    assert (
+        reason
+        == "3 starts in a row ended before a row was finished, the last one so: the device is gone. Its log: /logs/worker.err"
+    )
     assert leases.pop_given_up() == {}
     assert leases.begin("b", "/logs/other.err") is None
     assert drain(leases, "b")[0][-1] <= 5000 and leases.is_done
@@ -442,7 +506,9 @@ def test_a_row_that_was_given_up_while_the_disk_was_full_is_stored_when_there_is
         assert store.count() == 0
         desk._stores[0]._db.execute("PRAGMA query_only=OFF")
         assert asyncio.run(desk.begin("b", "log", "first")) == ""
-        assert store.read([row_key(example(0))])[row_key(example(0))]["problem"].endswith("with no other: the device is gone")
+        assert store.read([row_key(example(0))])[row_key(example(0))]["problem"].endswith(
+            "with no other: the device is gone"
+        )
         assert asyncio.run(desk.describe())["rows"] == [1]
         asyncio.run(desk.close())
 
@@ -454,7 +520,9 @@ def open_desk(store, tmp_path):
     with Worklist(tmp_path / "rows.sqlite") as worklist:
         worklist.fill([(row, row_key(row).encode()) for row in rows], tmp_path / "in.csv")
         worklist.list_pending(lambda keys: set())
-        yield lambda: Desk(str(worklist.path), [str(store.path)], most_held=3, started_at=store.started_at, frames=[FRAME])
+        yield lambda: Desk(
+            str(worklist.path), [str(store.path)], most_held=3, started_at=store.started_at, frames=[FRAME]
+        )
 
 
 async def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
@@ -479,7 +547,9 @@ def test_a_worker_waits_for_the_last_rows_of_others_and_takes_them_when_their_ma
 
     async def run() -> None:
         desk = open_desk()
-        assert await desk.begin("a", "log", "a1", "here") is None and await desk.begin("b", "log", "b1", "there") is None
+        assert (
+            await desk.begin("a", "log", "a1", "here") is None and await desk.begin("b", "log", "b1", "there") is None
+        )
         mine, others = await desk.take("a", 3, "a1", 0), await desk.take("b", 3, "b1", 0)
         await desk.put("a", post(mine), {})
         assert await desk.take("a", 3, "a1", 0) == []
@@ -505,7 +575,10 @@ def test_a_worker_without_an_engine_waits_for_the_others_and_speaks_up_where_the
             await desk.begin(worker, "log", f"{worker}1")
         assert [await desk.resign("a", "no memory") for _ in range(2)] == [None, None]
         assert capsys.readouterr().out == "inference: a worker stays without an engine, the others go on: no memory\n"
-        assert str(await desk.resign("b", "no GPU")) == "no GPU" and str(await desk.resign("a", "no memory")) == "no memory"
+        assert (
+            str(await desk.resign("b", "no GPU")) == "no GPU"
+            and str(await desk.resign("a", "no memory")) == "no memory"
+        )
         await desk.begin("b", "log", "b2")
         assert await desk.resign("a", "no memory") is None
         while work := await desk.take("b", 3, "b2", 0):
@@ -576,7 +649,9 @@ def test_a_run_without_any_worker_or_without_progress_says_so(open_desk, monkeyp
     looks, shown = [], []
     monkeypatch.setattr("nli.inference.coordinator.LOOK_SECONDS", 0.01)
     monkeypatch.setattr("nli.inference.coordinator.IDLE_SECONDS", 0.1)
-    monkeypatch.setattr("nli.inference.coordinator.list_ended", lambda workers: looks.append(time.monotonic()) or list_ended(workers))
+    monkeypatch.setattr(
+        "nli.inference.coordinator.list_ended", lambda workers: looks.append(time.monotonic()) or list_ended(workers)
+    )
 
     def is_shown(text: str) -> bool:
         shown.append(capsys.readouterr().out)
@@ -585,14 +660,18 @@ def test_a_run_without_any_worker_or_without_progress_says_so(open_desk, monkeyp
     async def run() -> None:
         desk = open_desk()
         await desk.describe()
-        await wait_until(lambda: is_shown("inference: no worker: the cluster has no place for one. Add a machine, or stop"))
+        await wait_until(
+            lambda: is_shown("inference: no worker: the cluster has no place for one. Add a machine, or stop")
+        )
         await desk.begin("a", "/logs/a.err on here", "a1")
         capsys.readouterr()
         begun = time.monotonic()
         await wait_until(lambda: looks[-2] > begun + 0.3)  # so that the one before has said what it had to
         assert capsys.readouterr().out == ""
         monkeypatch.setattr("nli.inference.coordinator.STALLED_SECONDS", 0.1)
-        await wait_until(lambda: is_shown("inference: no row has ended for 0 minutes. What the workers say: /logs/a.err on here\n"))
+        await wait_until(
+            lambda: is_shown("inference: no row has ended for 0 minutes. What the workers say: /logs/a.err on here\n")
+        )
 
     asyncio.run(run())
 
@@ -603,5 +682,8 @@ def test_a_desk_that_is_gone_for_good_is_named_with_what_helps():
     async def call():
         raise RayActorError(error_msg="The actor died.")
 
-    with pytest.raises(StorageError, match=r"the process that keeps the answers has ended \(The actor died\.\)\. .* the same command goes on"):
+    with pytest.raises(
+        StorageError,
+        match=r"the process that keeps the answers has ended \(The actor died\.\)\. .* the same command goes on",
+    ):
         asyncio.run(ask(call()))

@@ -20,7 +20,9 @@ def run_job(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", f"ray_jobs.{arguments[0]}", *arguments[1:]]
     variables = os.environ | {"RAY_ADDRESS": "127.0.0.1:1", "COLUMNS": "200"} | environment
     variables = {name: value for name, value in variables.items() if value}
-    return subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def refuse(result: subprocess.CompletedProcess) -> str:
@@ -34,9 +36,14 @@ def refuse(result: subprocess.CompletedProcess) -> str:
 def write_adapter(folder: Path, width: int = 192, base: str = TINY_BASE) -> None:
     """The least of a LoRA adapter from elsewhere: one layer, no card."""
     folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "base_model_name_or_path": base}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "base_model_name_or_path": base})
+    )
     layer = "base_model.model.model.layers.0.self_attn.q_proj"
-    weights = {f"{layer}.lora_A.weight": np.zeros((2, width), np.float32), f"{layer}.lora_B.weight": np.zeros((192, 2), np.float32)}
+    weights = {
+        f"{layer}.lora_A.weight": np.zeros((2, width), np.float32),
+        f"{layer}.lora_B.weight": np.zeros((192, 2), np.float32),
+    }
     save_file(weights, folder / "adapter_model.safetensors")
 
 
@@ -70,22 +77,37 @@ THOUGHTS = ("generate_thoughts", "--base-url", "http://127.0.0.1:9", "--output-j
 ANSWER = ("run_inference", "--data", "{good.csv}", "--results-dir", "{out}", "--model")
 CASES = {
     "misspelt flag": (("train_sft", "--lora-rnak", "8"), ["lora-rnak", "--lora-rank"]),
-    "misspelt field in a file": (("train_sft", "--config", "{typo.py}"), ["typo.py:3: unknown field 'lora_rnak'. Did you mean lora_rank?"]),
-    "wrong type in a file": (("train_sft", "--config", "{type.py}"), ["type.py:3: lora_rank is '8': input should be a valid integer"]),
+    "misspelt field in a file": (
+        ("train_sft", "--config", "{typo.py}"),
+        ["typo.py:3: unknown field 'lora_rnak'. Did you mean lora_rank?"],
+    ),
+    "wrong type in a file": (
+        ("train_sft", "--config", "{type.py}"),
+        ["type.py:3: lora_rank is '8': input should be a valid integer"],
+    ),
     "wrong type on the command line": (("train_sft", "--lora-rank", "eight"), ["--lora-rank", "eight"]),
     "out of range": (("train_sft", "--learning-rate", "-1"), ["learning_rate is -1.0: input should be greater than 0"]),
     "conflict": (("train_sft", "--num-workers", "3"), ["global_batch_size 64 is no multiple of num_workers 3"]),
-    "another stage's config": (("train_sft", "--config", "{other.py}"), ["`config` is a InferenceConfig; this job needs a TrainConfig"]),
+    "another stage's config": (
+        ("train_sft", "--config", "{other.py}"),
+        ["`config` is a InferenceConfig; this job needs a TrainConfig"],
+    ),
     "a file without config": (("train_sft", "--config", "{nothing.py}"), ["does not define `config`"]),
     "no such config": (
         ("train_sft", "--config", "configs/train/ablation4.py"),
         ["configs/train/ablation4.py: no such config file. Did you mean configs/train/"],
     ),
     "no such CSV": ((*THOUGHTS, "{out}/none.csv"), ["none.csv: no such file"]),
-    "a CSV without the columns": ((*THOUGHTS, "{no_columns.csv}"), ["no_columns.csv:1: no column hypothesis; the header is text_a,premise,label"]),
+    "a CSV without the columns": (
+        (*THOUGHTS, "{no_columns.csv}"),
+        ["no_columns.csv:1: no column hypothesis; the header is text_a,premise,label"],
+    ),
     "unknown labels, all at once": (
         (*THOUGHTS, "{bad_label.csv}"),
-        ["bad_label.csv:3: label '2' is neither 1 (entailment) nor 0", "bad_label.csv:4: label 'entailment' is neither"],
+        [
+            "bad_label.csv:3: label '2' is neither 1 (entailment) nor 0",
+            "bad_label.csv:4: label 'entailment' is neither",
+        ],
     ),
     "an empty CSV": ((*THOUGHTS, "{empty.csv}"), ["empty.csv: the file is empty; it needs a header"]),
     "a CSV of a header": ((*THOUGHTS, "{header_only.csv}"), ["header_only.csv: the file has a header but no rows"]),
@@ -93,24 +115,64 @@ CASES = {
         (*THOUGHTS, "data/sample/demo.csv", "--prompt-name", "regeneration"),
         ["demo.csv:1: no column label; the header is premise,hypothesis"],
     ),
-    "scoring without thoughts": (("generate_thoughts", "--prompt-name", "scoring"), ["prompt_name scoring reads --thoughts"]),
-    "an address that is none": (("generate_thoughts", "--base-url", "api.mistral.ai"), ["'api.mistral.ai' is not an http:// or https:// address"]),
-    "thoughts that are not JSON": (("generate_reflections", "--thoughts", "{bad.jsonl}"), ["bad.jsonl:1: not JSON", "bad.jsonl:2: premise: field required"]),
+    "scoring without thoughts": (
+        ("generate_thoughts", "--prompt-name", "scoring"),
+        ["prompt_name scoring reads --thoughts"],
+    ),
+    "an address that is none": (
+        ("generate_thoughts", "--base-url", "api.mistral.ai"),
+        ["'api.mistral.ai' is not an http:// or https:// address"],
+    ),
+    "thoughts that are not JSON": (
+        ("generate_reflections", "--thoughts", "{bad.jsonl}"),
+        ["bad.jsonl:1: not JSON", "bad.jsonl:2: premise: field required"],
+    ),
     "an empty thoughts file": (("prepare_sft_data", "--thoughts", "{empty.jsonl}"), ["empty.jsonl: the file is empty"]),
-    "reflected without reflections": (("prepare_sft_data", "--ablation", "reflected"), ["ablation reflected needs --reflections"]),
+    "reflected without reflections": (
+        ("prepare_sft_data", "--ablation", "reflected"),
+        ["ablation reflected needs --reflections"],
+    ),
     "no training file": (("train_sft", "--train-file", "{out}/none.jsonl"), ["none.jsonl: no such file"]),
-    "object storage": (("prepare_sft_data", "--thoughts", "{good.csv}", "--output-jsonl", "s3://bucket/a.jsonl"), ["object storage is not supported"]),
-    "a folder that is no model": (("run_inference", "--model", "{folder}"), ["folder: neither a model (config.json) nor an adapter"]),
-    "no such model": (("run_inference", "--model", "{out}/model"), ["out/model: no such model folder, and not a hub name"]),
-    "no such model on the hub": ((*ANSWER, "nobody/nothing"), ["nobody/nothing: no model there", "Give a model folder, or a hub name with access to the hub"]),
+    "object storage": (
+        ("prepare_sft_data", "--thoughts", "{good.csv}", "--output-jsonl", "s3://bucket/a.jsonl"),
+        ["object storage is not supported"],
+    ),
+    "a folder that is no model": (
+        ("run_inference", "--model", "{folder}"),
+        ["folder: neither a model (config.json) nor an adapter"],
+    ),
+    "no such model": (
+        ("run_inference", "--model", "{out}/model"),
+        ["out/model: no such model folder, and not a hub name"],
+    ),
+    "no such model on the hub": (
+        (*ANSWER, "nobody/nothing"),
+        ["nobody/nothing: no model there", "Give a model folder, or a hub name with access to the hub"],
+    ),
     "an adapter that does not fit its base": (
         (*ANSWER, "{narrow}"),
-        ["narrow: the adapter's lora_A of model.layers.0.self_attn.q_proj takes 128 numbers, and", "tiny-mistral's 192", "by --base-model"],
+        [
+            "narrow: the adapter's lora_A of model.layers.0.self_attn.q_proj takes 128 numbers, and",
+            "tiny-mistral's 192",
+            "by --base-model",
+        ],
     ),
-    "an adapter whose base is elsewhere": ((*ANSWER, "{lost}"), ["lost: the adapter names /home/them/mistral as its base", "say where it is by --base-model"]),
-    "a base that is not there": ((*ANSWER, "{adapter}", "--base-model", "{out}/base"), ["out/base: no model there; --base-model takes a model folder"]),
-    "an adapter that nobody knows the prompt of": ((*ANSWER, "{adapter}"), ["adapter: the adapter has no nli.json that holds its prompt", "--prompt-template"]),
-    "no such prompt template": ((*ANSWER, TINY_BASE, "--prompt-template", "{out}/prompt.txt"), ["out/prompt.txt: no such file"]),
+    "an adapter whose base is elsewhere": (
+        (*ANSWER, "{lost}"),
+        ["lost: the adapter names /home/them/mistral as its base", "say where it is by --base-model"],
+    ),
+    "a base that is not there": (
+        (*ANSWER, "{adapter}", "--base-model", "{out}/base"),
+        ["out/base: no model there; --base-model takes a model folder"],
+    ),
+    "an adapter that nobody knows the prompt of": (
+        (*ANSWER, "{adapter}"),
+        ["adapter: the adapter has no nli.json that holds its prompt", "--prompt-template"],
+    ),
+    "no such prompt template": (
+        (*ANSWER, TINY_BASE, "--prompt-template", "{out}/prompt.txt"),
+        ["out/prompt.txt: no such file"],
+    ),
     "a prompt template without a place for the hypothesis": (
         (*ANSWER, "{adapter}", "--prompt-template", "{no_place.txt}"),
         ["no_place.txt: the prompt template needs {hypothesis} exactly once, and has it not at all"],
@@ -127,8 +189,14 @@ CASES = {
         ("run_inference", "--model", TINY_BASE, "--data", "{good.csv}", "--results-dir", "{out}", "--gpu", "1"),
         ["--gpu picks a GPU of this machine and does not work on a cluster"],
     ),
-    "predictions that do not exist": (("evaluate_predictions", "--predictions", "{out}/none.jsonl", "--output-dir", "{out}"), ["none.jsonl: no such file"]),
-    "a sweep axis that is no field": (("sweep_lora", "--extra-axes", "lora_dropuot=0,0.1"), ["sweep axis 'lora_dropuot' is not a field", "lora_dropout?"]),
+    "predictions that do not exist": (
+        ("evaluate_predictions", "--predictions", "{out}/none.jsonl", "--output-dir", "{out}"),
+        ["none.jsonl: no such file"],
+    ),
+    "a sweep axis that is no field": (
+        ("sweep_lora", "--extra-axes", "lora_dropuot=0,0.1"),
+        ["sweep axis 'lora_dropuot' is not a field", "lora_dropout?"],
+    ),
     "an empty axis": (("sweep_lora", "--lora-rank"), ["every axis needs at least one value"]),
 }
 
@@ -148,7 +216,11 @@ def test_bad_input_ends_in_one_clear_message_and_starts_nothing(files, arguments
 
 
 def test_a_gpu_is_missed_before_a_model_is_loaded():
-    message = refuse(run_job("train_sft", "--config", "configs/train/ablation2.py", RAY_ADDRESS="", PATH=str(Path(sys.executable).parent)))
+    message = refuse(
+        run_job(
+            "train_sft", "--config", "configs/train/ablation2.py", RAY_ADDRESS="", PATH=str(Path(sys.executable).parent)
+        )
+    )
     assert "this machine has none that nvidia-smi can see" in message and "--use-gpu False" in message
 
 

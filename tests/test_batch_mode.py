@@ -22,7 +22,17 @@ from nli.teacher.batch import refuse_open_batches
 from tests.batch_worker import PROMPT, RUN, make_config, make_rows, run_batches
 
 STEPS = (
-    *("planning", "claimed", "file_written", "planned", "file_uploaded", "file_recorded", "creating", "job_created", "job_recorded"),
+    *(
+        "planning",
+        "claimed",
+        "file_written",
+        "planned",
+        "file_uploaded",
+        "file_recorded",
+        "creating",
+        "job_created",
+        "job_recorded",
+    ),
     *("job_ended", "end_recorded", "output_downloaded", "results_in_part", "results_stored", "taken"),
 )
 NUM_ROWS, NUM_REQUESTS = 40, 36
@@ -56,7 +66,14 @@ def _jobs(server):
 def _run_process(folder, server, **arguments):
     command = {"folder": str(folder), "base_url": server.base_url, "num_rows": NUM_ROWS, **arguments}
     root = Path(__file__).resolve().parent.parent
-    return subprocess.run([sys.executable, "-m", "tests.batch_worker", json.dumps(command)], cwd=root, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "tests.batch_worker", json.dumps(command)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 def test_rows_are_answered_by_jobs_of_the_set_size_and_billed_once_at_half_the_price(server, folder):
@@ -66,7 +83,11 @@ def test_rows_are_answered_by_jobs_of_the_set_size_and_billed_once_at_half_the_p
     assert result["answers"]["8"] == result["answers"]["9"]  # the same pair, asked once
     assert [(job["requests"], job["status"]) for job in _jobs(server)] == [(12, "SUCCESS")] * 3
     bill = server.bill()
-    assert (bill["billed"], bill["distinct"], bill["half_price_tokens"]) == (NUM_REQUESTS, NUM_REQUESTS, bill["total_tokens"])
+    assert (bill["billed"], bill["distinct"], bill["half_price_tokens"]) == (
+        NUM_REQUESTS,
+        NUM_REQUESTS,
+        bill["total_tokens"],
+    )
     assert result["totals"]["done"] == NUM_REQUESTS
     assert bill["nanodollars"] <= result["totals"]["cost"] <= bill["nanodollars"] + NUM_REQUESTS
     assert (result["totals"]["reserved"], result["totals"]["held"]) == (0, 0)
@@ -116,10 +137,16 @@ def test_a_job_that_timed_out_keeps_its_replies_and_one_that_failed_is_made_anew
     jobs = [(job["status"], job["requests"]) for job in _jobs(server)]
     assert [status for status, _ in jobs] == ["TIMEOUT_EXCEEDED", "FAILED", "SUCCESS"]
     assert jobs[1][1] == jobs[2][1] < NUM_REQUESTS
-    assert (server.bill()["billed"], server.bill()["repeated"], result["totals"]["ambiguous_sends"]) == (NUM_REQUESTS, 0, 0)
+    assert (server.bill()["billed"], server.bill()["repeated"], result["totals"]["ambiguous_sends"]) == (
+        NUM_REQUESTS,
+        0,
+        0,
+    )
 
 
-@pytest.mark.parametrize(("policy", "num_failed", "billed"), [("retry", 0, 2 * NUM_REQUESTS), ("hold", NUM_ROWS, NUM_REQUESTS)])
+@pytest.mark.parametrize(
+    ("policy", "num_failed", "billed"), [("retry", 0, 2 * NUM_REQUESTS), ("hold", NUM_ROWS, NUM_REQUESTS)]
+)
 def test_results_that_are_gone_are_ambiguous_and_the_policy_decides(server, folder, policy, num_failed, billed):
     server.change(faults={"batch_jobs": ["EXPIRED"]})
     result = run_batches(folder, make_config(server.base_url, batch_max_requests=100, ambiguous=policy), NUM_ROWS)
@@ -210,7 +237,11 @@ def test_batch_mode_is_refused_for_servers_that_have_none():
 
 
 @pytest.mark.parametrize(
-    ("step", "nth"), [*[(step, 1) for step in STEPS], *[pytest.param(step, nth, marks=pytest.mark.fault) for step in STEPS for nth in (2, 3)]]
+    ("step", "nth"),
+    [
+        *[(step, 1) for step in STEPS],
+        *[pytest.param(step, nth, marks=pytest.mark.fault) for step in STEPS for nth in (2, 3)],
+    ],
 )
 def test_a_kill_after_any_step_makes_no_job_twice_and_loses_no_result(server, folder, step, nth):
     calm = run_batches(folder.with_name("calm"), make_config(server.base_url), NUM_ROWS)
@@ -247,7 +278,9 @@ def test_a_kill_while_replies_are_repaired_asks_no_repair_twice(server, folder, 
     num_billed = server.bill()["billed"]
     server.forget_batches()
     server.reset_bill()
-    killed = _run_process(folder, server, kill_at=step, nth=2, config={"batch_max_requests": 100})  # the second job is the one of the repairs
+    killed = _run_process(
+        folder, server, kill_at=step, nth=2, config={"batch_max_requests": 100}
+    )  # the second job is the one of the repairs
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     result = json.loads(_run_process(folder, server, config={"batch_max_requests": 100}).stdout.splitlines()[-1])
     assert result["answers"] == calm["answers"]
@@ -265,7 +298,12 @@ def test_kills_at_random_moments_make_no_job_twice_and_lose_no_result(server, fo
     server.reset_bill()
     chance = random.Random(seed)
     root = Path(__file__).resolve().parent.parent
-    command = [sys.executable, "-m", "tests.batch_worker", json.dumps({"folder": str(folder), "base_url": server.base_url, "num_rows": NUM_ROWS})]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.batch_worker",
+        json.dumps({"folder": str(folder), "base_url": server.base_url, "num_rows": NUM_ROWS}),
+    ]
     for _ in range(3):
         process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(chance.uniform(0.4, 1.6))

@@ -45,7 +45,9 @@ def assert_no_key(error):
 
 def test_a_call_sends_the_body_and_the_key_and_returns_the_reply():
     reply, server = complete(Answer(text="Ja – 犬 🐕\u2028\n "))
-    assert reply == Reply(text="Ja – 犬 🐕\u2028\n ", finish_reason="stop", model="toy-1", num_prompt_tokens=10, num_completion_tokens=5)
+    assert reply == Reply(
+        text="Ja – 犬 🐕\u2028\n ", finish_reason="stop", model="toy-1", num_prompt_tokens=10, num_completion_tokens=5
+    )
     assert server.calls == [BODY]
     assert server.keys == [f"Bearer {KEY}"]
 
@@ -56,16 +58,27 @@ def test_a_base_url_may_end_in_v1_or_not(base_url):
 
 
 def test_a_path_before_v1_is_kept():
-    assert chat_url("https://gateway.example.com/mistral/v1") == "https://gateway.example.com/mistral/v1/chat/completions"
+    assert (
+        chat_url("https://gateway.example.com/mistral/v1") == "https://gateway.example.com/mistral/v1/chat/completions"
+    )
 
 
 def test_a_reply_without_text_usage_or_finish_reason_is_still_a_reply():
     reply, _ = complete(Answer(text=None, finish_reason=None, usage=None))
-    assert (reply.text, reply.finish_reason, reply.num_prompt_tokens, reply.num_completion_tokens) == ("", None, None, None)
+    assert (reply.text, reply.finish_reason, reply.num_prompt_tokens, reply.num_completion_tokens) == (
+        "",
+        None,
+        None,
+        None,
+    )
 
 
 def test_of_a_reasoning_model_s_chunks_the_text_ones_are_the_answer():
-    chunks = [{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}, {"type": "text", "text": '{"a": '}, {"type": "text", "text": "1}"}]
+    chunks = [
+        {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]},
+        {"type": "text", "text": '{"a": '},
+        {"type": "text", "text": "1}"},
+    ]
     assert complete(Answer(text=chunks))[0].text == '{"a": 1}'
 
 
@@ -82,7 +95,10 @@ def test_a_failure_of_the_request_itself_cannot(status):
     assert (str(error), error.retryable) == (f"HTTP {status}: bad request", False)
 
 
-@pytest.mark.parametrize(("status", "hint"), [(401, "Check MISTRAL_API_KEY"), (403, "Check MISTRAL_API_KEY"), (404, "Check --base-url and --model")])
+@pytest.mark.parametrize(
+    ("status", "hint"),
+    [(401, "Check MISTRAL_API_KEY"), (403, "Check MISTRAL_API_KEY"), (404, "Check --base-url and --model")],
+)
 def test_a_refused_key_or_an_unknown_model_ends_the_run(status, hint):
     error = failure_of(Answer(status=status, body='{"message": "Unauthorized"}'))
     assert isinstance(error, TeacherError)
@@ -109,7 +125,9 @@ def test_the_server_s_own_words_are_in_the_message(body, message):
     assert str(failure_of(Answer(status=500, body=body))) == f"HTTP 500: {message}"
 
 
-@pytest.mark.parametrize(("header", "seconds"), [("7", 7.0), ("0.5", 0.5), ("0", 0.0), ("-3", 0.0), ("soon", None), ("", None)])
+@pytest.mark.parametrize(
+    ("header", "seconds"), [("7", 7.0), ("0.5", 0.5), ("0", 0.0), ("-3", 0.0), ("soon", None), ("", None)]
+)
 def test_retry_after_is_read_in_seconds(header, seconds):
     assert failure_of(Answer(status=429, headers={"Retry-After": header})).retry_after == seconds
 
@@ -117,7 +135,10 @@ def test_retry_after_is_read_in_seconds(header, seconds):
 def test_retry_after_is_read_as_a_date():
     later = failure_of(Answer(status=429, headers={"Retry-After": formatdate(time.time() + 30, usegmt=True)}))
     assert 25 < later.retry_after <= 30
-    assert failure_of(Answer(status=503, headers={"Retry-After": formatdate(time.time() - 30, usegmt=True)})).retry_after == 0
+    assert (
+        failure_of(Answer(status=503, headers={"Retry-After": formatdate(time.time() - 30, usegmt=True)})).retry_after
+        == 0
+    )
 
 
 @pytest.mark.parametrize("header", ["nan", "inf", "1e999"])
@@ -209,7 +230,9 @@ def test_a_key_that_is_an_ordinary_word_changes_no_reply(key):
 def test_a_redirect_is_not_followed_and_its_address_is_said(status):
     async def use(server):
         async with ChatClient(server.base_url, KEY, 5) as client:
-            with pytest.raises(TeacherError, match=r"redirects to https://elsewhere/v1\. Give --base-url the address that answers") as caught:
+            with pytest.raises(
+                TeacherError, match=r"redirects to https://elsewhere/v1\. Give --base-url the address that answers"
+            ) as caught:
                 await client.complete(DATA)
         assert_no_key(caught.value)
         return len(server.calls)
@@ -242,7 +265,9 @@ def test_a_name_that_no_host_can_have_is_unreachable():
 
 
 def test_a_name_that_no_server_has_is_unreachable():
-    assert "no connection to http://no-such-host.invalid/v1/chat/completions" in str(unreachable("http://no-such-host.invalid"))
+    assert "no connection to http://no-such-host.invalid/v1/chat/completions" in str(
+        unreachable("http://no-such-host.invalid")
+    )
 
 
 def test_a_client_can_be_closed_and_used_again():
@@ -282,7 +307,9 @@ def test_without_a_key_the_message_says_where_to_put_it(no_key, monkeypatch):
     (no_key / ".env").write_text("MISTRAL_API_KEY=\n")
     with pytest.raises(TeacherError, match=message):
         read_api_key()
-    with pytest.raises(TeacherError, match=r"^no-such-file: the key file cannot be read \(No such file or directory\)\.$"):
+    with pytest.raises(
+        TeacherError, match=r"^no-such-file: the key file cannot be read \(No such file or directory\)\.$"
+    ):
         read_api_key("no-such-file")
 
 
@@ -319,7 +346,9 @@ def test_an_error_with_half_of_a_surrogate_pair_can_be_stored():
     assert str(failure_of(Answer(status=400, body=r'{"message": "bad \ud83d"}'))) == "HTTP 400: bad \ufffd"
 
 
-@pytest.mark.parametrize("usage", [{"prompt_tokens": "12", "completion_tokens": -1}, {"prompt_tokens": None}, {}, {"prompt_tokens": 10**30}])
+@pytest.mark.parametrize(
+    "usage", [{"prompt_tokens": "12", "completion_tokens": -1}, {"prompt_tokens": None}, {}, {"prompt_tokens": 10**30}]
+)
 def test_token_counts_that_are_none_are_unknown(usage):
     answer = read_reply(encode_body({"choices": [{"message": {"content": "x"}}], "usage": usage}))
     assert (answer.num_prompt_tokens, answer.num_completion_tokens) == (None, None)

@@ -88,7 +88,9 @@ def test_what_a_kill_left_half_written_or_half_deleted_goes_with_a_message(tmp_p
     assert saving.find_start(tmp_path) == tmp_path / "checkpoint-3"
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
     shown = capsys.readouterr().out
-    assert ".saving: was being written when a run ended; removed" in shown and "checkpoint-1: was being deleted" in shown
+    assert (
+        ".saving: was being written when a run ended; removed" in shown and "checkpoint-1: was being deleted" in shown
+    )
 
 
 def test_a_checkpoint_gets_its_name_only_with_all_its_hashes_and_replaces_an_orphan(tmp_path):
@@ -99,10 +101,14 @@ def test_a_checkpoint_gets_its_name_only_with_all_its_hashes_and_replaces_an_orp
     (orphan / "stray").touch()
     saving.seal_checkpoint(tmp_path / saving.SAVING / "checkpoint-6", orphan)
     assert find_fault(orphan) is None
-    assert sorted(path.name for path in orphan.iterdir()) == sorted([COMPLETE, WEIGHTS, BEST_WEIGHTS, "trainer_state.json"])
+    assert sorted(path.name for path in orphan.iterdir()) == sorted(
+        [COMPLETE, WEIGHTS, BEST_WEIGHTS, "trainer_state.json"]
+    )
 
 
-@pytest.mark.parametrize(("keep", "best", "left"), [(2, 3, [3, 9, 12]), (2, 12, [9, 12]), (3, 9, [6, 9, 12]), (2, None, [9, 12])])
+@pytest.mark.parametrize(
+    ("keep", "best", "left"), [(2, 3, [3, 9, 12]), (2, 12, [9, 12]), (3, 9, [6, 9, 12]), (2, None, [9, 12])]
+)
 def test_the_newest_checkpoints_stay_and_the_best_beside_them(tmp_path, keep, best, left):
     for step in (3, 6, 9, 12):
         write_checkpoint(tmp_path, step, best_step=3)
@@ -152,7 +158,9 @@ def config_of(files: dict[str, str], folder: Path, **values) -> TrainConfig:
 def undisturbed(ray_cluster, files, tmp_path_factory) -> Path:
     """A run of nine steps with checkpoints after every two and at the end, all kept. Tests of other modules come between those that need it."""
     run_folder = sft.run(config_of(files, tmp_path_factory.mktemp("models") / "run", keep_checkpoints=9))
-    assert [path.name for path in saving.list_checkpoints(run_folder)] == [f"checkpoint-{step}" for step in (2, 4, 6, 8, 9)]
+    assert [path.name for path in saving.list_checkpoints(run_folder)] == [
+        f"checkpoint-{step}" for step in (2, 4, 6, 8, 9)
+    ]
     return run_folder
 
 
@@ -175,7 +183,9 @@ def strike(monkeypatch, tmp_path: Path, **faults: int) -> None:
 
 @pytest.mark.ray
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_run_whose_newest_checkpoint_is_damaged_loses_one_interval_and_nothing_else(files, undisturbed, tmp_path, damage):
+def test_a_run_whose_newest_checkpoint_is_damaged_loses_one_interval_and_nothing_else(
+    files, undisturbed, tmp_path, damage
+):
     run_folder = interrupt(undisturbed, tmp_path / "run", "checkpoint-6", "checkpoint-8")
     damage(run_folder / "checkpoint-8" / "optimizer.pt")
     sft.run(config_of(files, run_folder))
@@ -185,7 +195,9 @@ def test_a_run_whose_newest_checkpoint_is_damaged_loses_one_interval_and_nothing
 
 @pytest.mark.ray
 @pytest.mark.fault
-def test_a_run_killed_between_saves_during_a_save_and_before_its_report_ends_as_if_nothing_had_been(files, undisturbed, tmp_path, monkeypatch):
+def test_a_run_killed_between_saves_during_a_save_and_before_its_report_ends_as_if_nothing_had_been(
+    files, undisturbed, tmp_path, monkeypatch
+):
     strike(monkeypatch, tmp_path, killed_between_saves=3, killed_during_save=6, killed_between_save_and_report=8)
     run_folder = sft.run(config_of(files, tmp_path / "run", max_failures=3))
     assert len(list((tmp_path / "struck").iterdir())) == 3
@@ -216,14 +228,20 @@ def test_a_run_goes_on_from_the_newest_checkpoint_though_the_oldest_kept_one_is_
 
 @pytest.mark.fault
 @pytest.mark.own_cluster
-def test_the_same_command_goes_on_after_its_driver_was_killed_and_adds_to_the_same_wandb_run(files, undisturbed, no_ray, tmp_path):
+def test_the_same_command_goes_on_after_its_driver_was_killed_and_adds_to_the_same_wandb_run(
+    files, undisturbed, no_ray, tmp_path
+):
     run_folder = tmp_path / "run"
     config = config_of(files, run_folder, wandb=True)
     path = tmp_path / "config.py"
     path.write_text(f"from nli.training.run import TrainConfig\n\nconfig = TrainConfig(**{config.__dict__!r})\n")
     command = [sys.executable, "-m", "ray_jobs.train_sft", "--config", str(path)]
-    environment = {name: value for name, value in os.environ.items() if name not in ("WANDB_MODE", "WANDB_API_KEY")} | {"HOME": str(tmp_path)}
-    slow_saves = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "5"}  # so that the kill comes in a save's wait for Ray, not after the last step
+    environment = {name: value for name, value in os.environ.items() if name not in ("WANDB_MODE", "WANDB_API_KEY")} | {
+        "HOME": str(tmp_path)
+    }
+    slow_saves = {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "5"
+    }  # so that the kill comes in a save's wait for Ray, not after the last step
     with open(tmp_path / "first.log", "w") as log:
         driver = subprocess.Popen(command, cwd=REPOSITORY, env=environment | slow_saves, stdout=log, stderr=log)
         deadline = time.monotonic() + 600
@@ -241,7 +259,9 @@ def test_the_same_command_goes_on_after_its_driver_was_killed_and_adds_to_the_sa
     assert psutil.wait_procs(working, timeout=60)[1] == []
     assert json.loads((run_folder / "manifest.json").read_text())["status"] == "running"
     newest = int(saving.list_checkpoints(run_folder)[-1].name.removeprefix("checkpoint-"))
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same(run_folder, undisturbed, [newest])
     wandb_runs = {folder.name.split("-")[-1] for folder in (run_folder / "wandb").glob("offline-run-*")}

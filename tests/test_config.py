@@ -15,12 +15,25 @@ from pydantic import Field
 
 import nli
 from nli.data.sft_rows import PrepareSFTDataConfig
-from nli.runtime.config import Count, Fraction, NonNegative, as_dict, config_class, field_names, load_config, nearest, parse_config, start_job
+from nli.runtime.config import (
+    Count,
+    Fraction,
+    NonNegative,
+    as_dict,
+    config_class,
+    field_names,
+    load_config,
+    nearest,
+    parse_config,
+    start_job,
+)
 from nli.runtime.errors import ConfigError, DataError
 from nli.teacher.thoughts import GenerateThoughtsConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG_FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.py") if path.name != "__init__.py")
+CONFIG_FILES = sorted(
+    path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.py") if path.name != "__init__.py"
+)
 
 
 @config_class
@@ -60,7 +73,11 @@ def parse(*argv):
 
 
 def every_config_class() -> dict[str, type]:
-    modules = [importlib.import_module(module.name) for module in pkgutil.walk_packages(nli.__path__, "nli.") if not module.ispkg]
+    modules = [
+        importlib.import_module(module.name)
+        for module in pkgutil.walk_packages(nli.__path__, "nli.")
+        if not module.ispkg
+    ]
     classes = [
         value
         for module in modules
@@ -86,7 +103,10 @@ def test_without_a_file_the_defaults_hold():
 def test_a_variant_is_a_replacement_of_another_file_s_config(config_file):
     config_file("config = ToyConfig(lora_rank=8)", name="base.py")
     path = config_file(
-        "import runpy", "from dataclasses import replace", "from pathlib import Path", "base = runpy.run_path(str(Path(__file__).parent / 'base.py'))['config']"
+        "import runpy",
+        "from dataclasses import replace",
+        "from pathlib import Path",
+        "base = runpy.run_path(str(Path(__file__).parent / 'base.py'))['config']",
     )
     with open(path, "a", encoding="utf-8") as file:
         file.write("config = replace(base, schedule='cosine')\n")
@@ -184,7 +204,17 @@ def test_a_wrong_type_in_a_file_is_named_with_file_and_line(config_file):
     assert str(caught.value) == f"{path}:3: lora_rank is '8': input should be a valid integer."
 
 
-@pytest.mark.parametrize("argv", [["--lora-rank", "eight"], ["--lora-rank", "8.5"], ["--lora-rank"], ["--schedule", "linaer"], ["--wandb", "yes"], ["stray"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--lora-rank", "eight"],
+        ["--lora-rank", "8.5"],
+        ["--lora-rank"],
+        ["--schedule", "linaer"],
+        ["--wandb", "yes"],
+        ["stray"],
+    ],
+)
 def test_a_wrong_type_on_the_command_line_ends_the_job(argv, capsys):
     with pytest.raises(SystemExit) as caught:
         parse(*argv)
@@ -241,7 +271,10 @@ def test_a_missing_config_file_is_refused_with_the_nearest_one(tmp_path, monkeyp
     (tmp_path / "configs" / "train").mkdir(parents=True)
     (tmp_path / "configs" / "train" / "ablation2.py").write_text("")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"^configs/train/ablaton2\.py: no such config file\. Did you mean configs/train/ablation2\.py\?$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^configs/train/ablaton2\.py: no such config file\. Did you mean configs/train/ablation2\.py\?$",
+    ):
         parse("--config", "configs/train/ablaton2.py")
     with pytest.raises(ConfigError, match=r"^xyzzy: no such config file\.$"):
         parse("--config", "xyzzy")

@@ -13,16 +13,25 @@ from nli.runtime.errors import ConfigError, DataError
 from nli.runtime.files import write_jsonl
 from tests.conftest import REPOSITORY
 
-CLEAN = [("Two dogs ran.", "Animals moved.", 1), ("A cat slept.", "A dog slept.", 0), ("Tom sang, and Ann danced.", "Ann danced.", 1)]
+CLEAN = [
+    ("Two dogs ran.", "Animals moved.", 1),
+    ("A cat slept.", "A dog slept.", 0),
+    ("Tom sang, and Ann danced.", "Ann danced.", 1),
+]
 
 
 def write_csv(path, pairs) -> str:
-    lines = ["premise,hypothesis,label", *(f'"{premise}","{hypothesis}",{"" if label is None else label}' for premise, hypothesis, label in pairs)]
+    lines = [
+        "premise,hypothesis,label",
+        *(f'"{premise}","{hypothesis}",{"" if label is None else label}' for premise, hypothesis, label in pairs),
+    ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(path)
 
 
-def answer(number: int, pair: tuple, predicted_label: int | None, thought: str = "Step 1: dogs are animals.", **more) -> dict:
+def answer(
+    number: int, pair: tuple, predicted_label: int | None, thought: str = "Step 1: dogs are animals.", **more
+) -> dict:
     premise, hypothesis, label = pair
     read = predicted_label is not None
     return {
@@ -62,7 +71,9 @@ def check(tmp_path):
     """Writes files of the given rows, checks them, and returns check.json."""
 
     def do(csv=(), thoughts=(), reflections=(), **fields) -> dict:
-        files = {"csv": tuple(f"{name}={write_csv(tmp_path / f'{name}.csv', pairs)}" for name, pairs in dict(csv).items())}
+        files = {
+            "csv": tuple(f"{name}={write_csv(tmp_path / f'{name}.csv', pairs)}" for name, pairs in dict(csv).items())
+        }
         for kind, named in (("thoughts", dict(thoughts)), ("reflections", dict(reflections))):
             for name, rows in named.items():
                 write_jsonl(tmp_path / f"{name}_{kind}.jsonl", rows)
@@ -88,14 +99,28 @@ def test_clean_data_have_no_findings(check):
 def test_the_sample_is_clean(tmp_path, repository):
     run(CheckDataConfig(output_dir=str(tmp_path), strict=True))
     made = json.loads((tmp_path / "check.json").read_text(encoding="utf-8"))
-    assert [(row["split"], row["rows"]) for row in made["splits"]] == [("train", 2000), ("dev", 300), ("test", 400), ("demo", 20)]
+    assert [(row["split"], row["rows"]) for row in made["splits"]] == [
+        ("train", 2000),
+        ("dev", 300),
+        ("test", 400),
+        ("demo", 20),
+    ]
     assert (made["findings"], made["unit"]) == ([], "words")
 
 
 def test_a_split_is_counted(check):
     pairs = [*CLEAN, ("Two dogs ran.", "Two dogs ran fast.", None)]
     (row,) = check({"train": pairs})["splits"]
-    assert row == {"split": "train", "rows": 4, "label_1": 2, "label_0": 1, "unlabelled": 1, "premises": 3, "repeated_pairs": 0, "conflicting_pairs": 0}
+    assert row == {
+        "split": "train",
+        "rows": 4,
+        "label_1": 2,
+        "label_0": 1,
+        "unlabelled": 1,
+        "premises": 3,
+        "repeated_pairs": 0,
+        "conflicting_pairs": 0,
+    }
 
 
 def test_a_pair_that_stands_twice_is_a_warning_and_one_with_both_labels_a_fault(check):
@@ -112,12 +137,24 @@ def test_an_unlabelled_copy_of_a_labelled_pair_is_no_conflict(check):
 
 
 def test_texts_that_differ_by_a_space_or_a_capital_are_other_pairs(check):
-    assert found(check({"train": [*CLEAN, ("two dogs ran.", "Animals moved.", 0), ("Two dogs ran. ", "Animals moved.", 0)]})) == set()
+    assert (
+        found(
+            check({"train": [*CLEAN, ("two dogs ran.", "Animals moved.", 0), ("Two dogs ran. ", "Animals moved.", 0)]})
+        )
+        == set()
+    )
 
 
 def test_splits_may_share_no_pair_and_should_share_no_premise(check):
-    dev = [CLEAN[0], ("A cat slept.", "A dog slept.", 1), ("Tom sang, and Ann danced.", "Tom sang.", 1), ("It rained.", "It was wet.", 0)]
-    made = check({"train": CLEAN, "dev": dev, "test": [("It snowed.", "It was wet.", 1), ("It froze.", "It was hot.", 0)]})
+    dev = [
+        CLEAN[0],
+        ("A cat slept.", "A dog slept.", 1),
+        ("Tom sang, and Ann danced.", "Tom sang.", 1),
+        ("It rained.", "It was wet.", 0),
+    ]
+    made = check(
+        {"train": CLEAN, "dev": dev, "test": [("It snowed.", "It was wet.", 1), ("It froze.", "It was hot.", 0)]}
+    )
     assert found(made) == {
         ("fault", "train, dev", "shared pairs", 2),
         ("fault", "train, dev", "conflicting labels", 1),
@@ -171,12 +208,22 @@ def test_answers_without_a_csv_of_their_name_are_checked_by_themselves(check):
 
 
 def test_broken_and_repeated_lines_of_answers_are_faults(tmp_path):
-    lines = [json.dumps(answer(0, CLEAN[0], 1)), '{"id": "1", "prem', json.dumps({"id": 5}), json.dumps(answer(0, CLEAN[0], 0)), "[]", ""]
+    lines = [
+        json.dumps(answer(0, CLEAN[0], 1)),
+        '{"id": "1", "prem',
+        json.dumps({"id": 5}),
+        json.dumps(answer(0, CLEAN[0], 0)),
+        "[]",
+        "",
+    ]
     lines.append(json.dumps(answer(2, CLEAN[2], 1) | {"predicted_label": None}))
     (tmp_path / "train.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"id": "\xff"}\n')
     run(CheckDataConfig(thoughts=(str(tmp_path / "train.jsonl"),), output_dir=str(tmp_path / "out")))
     made = json.loads((tmp_path / "out" / "check.json").read_text(encoding="utf-8"))
-    assert found(made) == {("fault", "train thoughts", "broken rows", 5), ("fault", "train thoughts", "repeated rows", 1)}
+    assert found(made) == {
+        ("fault", "train thoughts", "broken rows", 5),
+        ("fault", "train thoughts", "repeated rows", 1),
+    }
     assert made["findings"][0]["examples"][0] == "line 2: not JSON"
     assert made["findings"][0]["examples"][1].startswith("line 3: id: input should be a valid string")
     assert made["answers"][0]["rows"] == 2
@@ -185,7 +232,13 @@ def test_broken_and_repeated_lines_of_answers_are_faults(tmp_path):
 def test_a_line_nested_too_deeply_and_a_file_without_answers_are_faults(tmp_path):
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     (tmp_path / "empty.jsonl").write_text("\n")
-    run(CheckDataConfig(thoughts=(str(tmp_path / "deep.jsonl"), str(tmp_path / "empty.jsonl")), output_dir=str(tmp_path / "out"), bootstrap_draws=10))
+    run(
+        CheckDataConfig(
+            thoughts=(str(tmp_path / "deep.jsonl"), str(tmp_path / "empty.jsonl")),
+            output_dir=str(tmp_path / "out"),
+            bootstrap_draws=10,
+        )
+    )
     found = json.loads((tmp_path / "out/check.json").read_text())["findings"]
     assert [(item["where"], item["check"], item["examples"]) for item in found] == [
         ("deep thoughts", "broken rows", ["line 1: nested too deeply"]),
@@ -199,7 +252,11 @@ def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path):
 
 
 def test_unread_answers_are_counted_by_status(check):
-    answers = [answer(0, CLEAN[0], 1), answer(1, CLEAN[1], None), answer(2, CLEAN[2], None, parse_status="request_failed")]
+    answers = [
+        answer(0, CLEAN[0], 1),
+        answer(1, CLEAN[1], None),
+        answer(2, CLEAN[2], None, parse_status="request_failed"),
+    ]
     made = check({"train": CLEAN}, {"train": answers})
     assert found(made) == {("warning", "train thoughts", "unread", 1)}
     assert sorted(finding["message"] for finding in made["findings"]) == [
@@ -211,14 +268,26 @@ def test_unread_answers_are_counted_by_status(check):
 
 def test_a_thought_that_betrays_the_label_is_named_with_its_phrase(check):
     wrong = answer(0, CLEAN[0], 0)
-    answers = [wrong, answer(1, CLEAN[1], 0, thought="The true label is 0.", prompt_name="regeneration"), answer(2, CLEAN[2], 1, thought="")]
-    made = check({"train": CLEAN}, {"train": answers}, {"train": [reflection(wrong, 1, thought="Since the label is 1, dogs are animals.")]})
+    answers = [
+        wrong,
+        answer(1, CLEAN[1], 0, thought="The true label is 0.", prompt_name="regeneration"),
+        answer(2, CLEAN[2], 1, thought=""),
+    ]
+    made = check(
+        {"train": CLEAN},
+        {"train": answers},
+        {"train": [reflection(wrong, 1, thought="Since the label is 1, dogs are animals.")]},
+    )
     assert found(made) == {
         ("warning", "train thoughts", "told the label", 1),
         ("warning", "train reflections", "told the label", 1),
         ("warning", "train thoughts", "empty thoughts", 1),
     }
-    assert {tuple(finding["examples"]) for finding in made["findings"]} == {("id 1: 'true label'",), ("id 0: 'Since the label is 1'",), ("id 2",)}
+    assert {tuple(finding["examples"]) for finding in made["findings"]} == {
+        ("id 1: 'true label'",),
+        ("id 0: 'Since the label is 1'",),
+        ("id 2",),
+    }
 
 
 def test_reflections_are_compared_with_answers(check):
@@ -256,7 +325,10 @@ def test_reflections_are_compared_with_answers(check):
 
 def test_the_teacher_is_scored_over_all_its_labelled_rows(check):
     pairs = [(f"Premise {number}.", "Hypothesis.", number % 2) for number in range(20)]
-    answers = [answer(number, pair, None if number == 4 else 1 - pair[2] if number < 4 else pair[2]) for number, pair in enumerate(pairs)]
+    answers = [
+        answer(number, pair, None if number == 4 else 1 - pair[2] if number < 4 else pair[2])
+        for number, pair in enumerate(pairs)
+    ]
     (row,) = check({"train": pairs}, {"train": answers})["answers"]
     assert (row["rows"], row["unparsed"], row["accuracy"]) == (20, 1, 0.75)
     assert row["accuracy_low"] < 0.75 < row["accuracy_high"]
@@ -268,17 +340,26 @@ def test_the_teacher_is_scored_over_all_its_labelled_rows(check):
 def test_accuracy_is_told_by_length_of_thought_in_quartiles_and_in_the_original_s_ranges(check):
     pairs = [(f"Premise {number}.", "Hypothesis.", 1) for number in range(8)]
     words = [10, 20, 90, 110, 130, 160, 180, 310]
-    answers = [answer(number, pair, int(number < 4), thought=" ".join(["abc"] * count)) for number, (pair, count) in enumerate(zip(pairs, words, strict=True))]
+    answers = [
+        answer(number, pair, int(number < 4), thought=" ".join(["abc"] * count))
+        for number, (pair, count) in enumerate(zip(pairs, words, strict=True))
+    ]
     buckets = check({"train": pairs}, {"train": answers})["buckets"]
     quartiles = [(row["group"], row["range"], row["n"], row["accuracy"]) for row in buckets if row["by"] == "quartile"]
-    assert quartiles == [("Q1", "10–20 words", 2, 1.0), ("Q2", "90–110 words", 2, 1.0), ("Q3", "130–160 words", 2, 0.0), ("Q4", "180–310 words", 2, 0.0)]
+    assert quartiles == [
+        ("Q1", "10–20 words", 2, 1.0),
+        ("Q2", "90–110 words", 2, 1.0),
+        ("Q3", "130–160 words", 2, 0.0),
+        ("Q4", "180–310 words", 2, 0.0),
+    ]
     ranges = {row["group"]: (row["n"], row["accuracy"]) for row in buckets if row["by"] == "tokens"}
     # four characters a word with its space, four characters a token: as many tokens as words
     assert ranges == {"0-100": (3, 1.0), "101-150": (2, 0.5), "151-200": (2, 0.0), "301+": (1, 0.0)}
 
 
 @pytest.mark.parametrize(
-    ("tokens", "name"), [(0, "0-100"), (100, "0-100"), (101, "101-150"), (250, "201-250"), (300, "251-300"), (301, "301+"), (9999, "301+")]
+    ("tokens", "name"),
+    [(0, "0-100"), (100, "0-100"), (101, "101-150"), (250, "201-250"), (300, "251-300"), (301, "301+"), (9999, "301+")],
 )
 def test_every_length_falls_into_one_range(tokens, name):
     assert name_bucket(tokens) == (name, "")
@@ -307,7 +388,10 @@ def test_only_a_strict_check_with_faults_ends_with_an_error_and_after_all_is_wri
     pairs = [*CLEAN, ("A cat slept.", "A dog slept.", 1)]
     check({"train": pairs})
     (tmp_path / "out" / "report.html").unlink()
-    with pytest.raises(DataError, match=r"^the data have 1 fault, 0 warnings, listed above and in .*check\.json\. Mend the faults, or check"):
+    with pytest.raises(
+        DataError,
+        match=r"^the data have 1 fault, 0 warnings, listed above and in .*check\.json\. Mend the faults, or check",
+    ):
         check({"train": pairs}, strict=True)
     assert (tmp_path / "out" / "report.html").exists()
     check({"train": [*CLEAN, CLEAN[0]]}, strict=True)  # a warning is no fault
@@ -318,8 +402,13 @@ def test_the_job_s_exit_status_is_2_only_if_strict(tmp_path):
     command = [sys.executable, "-m", "ray_jobs.check_data", "--csv", path, "--output-dir", str(tmp_path / "out")]
     lenient = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
     assert (lenient.returncode, lenient.stderr) == (0, "")
-    assert "1 fault, 0 warnings\n\nfault    train: conflicting labels (1): pairs that stand with both labels\n" in lenient.stdout
-    strict = subprocess.run([*command, "--strict"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
+    assert (
+        "1 fault, 0 warnings\n\nfault    train: conflicting labels (1): pairs that stand with both labels\n"
+        in lenient.stdout
+    )
+    strict = subprocess.run(
+        [*command, "--strict"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False
+    )
     assert strict.returncode == 2
     assert strict.stderr.startswith("error: the data have 1 fault, 0 warnings, listed above")
 
@@ -343,7 +432,9 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.addresses += [value for name, value in attrs if name in ("src", "href", "action") and not value.startswith("#")]
+        self.addresses += [
+            value for name, value in attrs if name in ("src", "href", "action") and not value.startswith("#")
+        ]
 
     def handle_data(self, data):
         self.text += data
@@ -386,8 +477,13 @@ def test_a_missing_file_is_refused_with_where_it_was_looked_for(tmp_path):
 
 
 def test_twenty_thousand_rows_take_seconds(check):
-    pairs = [(f"Premise number {number} says something.", f"Hypothesis {number}.", number % 2) for number in range(20_000)]
-    answers = [answer(number, pair, 1, thought="Step 1: the premise says something. " * 10) for number, pair in enumerate(pairs)]
+    pairs = [
+        (f"Premise number {number} says something.", f"Hypothesis {number}.", number % 2) for number in range(20_000)
+    ]
+    answers = [
+        answer(number, pair, 1, thought="Step 1: the premise says something. " * 10)
+        for number, pair in enumerate(pairs)
+    ]
     started = time.process_time()  # what else the machine does takes none of it
     made = check({"train": pairs}, {"train": answers})
     assert time.process_time() - started < 30

@@ -76,7 +76,9 @@ def read_evaluation(root: Path) -> dict:
 
 def test_it_runs_in_ten_minutes_and_eight_gigabytes(demo):
     _, first, _ = demo
-    print(f"demo: {first.seconds:.0f} s, first stage after {first.first_output_seconds:.0f} s, peak {first.peak_bytes / 1e9:.2f} GB")
+    print(
+        f"demo: {first.seconds:.0f} s, first stage after {first.first_output_seconds:.0f} s, peak {first.peak_bytes / 1e9:.2f} GB"
+    )
     assert first.status == 0, first.output[-4000:]
     assert first.seconds <= 600
     assert first.first_output_seconds <= 60
@@ -88,7 +90,9 @@ def test_it_prints_the_table_and_the_report_with_the_numbers_of_the_json_file(de
     table = read_table(first.output)
     assert [row[0] for row in table] == ["teacher", "base", "correct_only", "reflected", "unmodified"]
     runs = read_evaluation(root)["runs"]
-    assert [(row[0], int(row[1]), int(row[2]), row[3]) for row in table] == [(run["run"], run["n"], run["unparsed"], f"{run['accuracy']:.3f}") for run in runs]
+    assert [(row[0], int(row[1]), int(row[2]), row[3]) for row in table] == [
+        (run["run"], run["n"], run["unparsed"], f"{run['accuracy']:.3f}") for run in runs
+    ]
     assert {int(row[1]) for row in table} == {400}
     report = Path(re.search(r"^report: (.+)$", first.output, flags=re.M)[1])
     assert report.is_file() and report.parent == root / "demo/results/evaluation"
@@ -101,7 +105,9 @@ def test_what_is_learnt_shows(demo):
     assert 0.40 <= accuracy["base"] <= 0.60
     assert accuracy["reflected"] >= 0.85
     assert accuracy["reflected"] > accuracy["unmodified"]
-    pair = next(item for item in evaluation["comparisons"] if {item["run"], item["other"]} == {"reflected", "unmodified"})
+    pair = next(
+        item for item in evaluation["comparisons"] if {item["run"], item["other"]} == {"reflected", "unmodified"}
+    )
     assert pair["p_value"] < 0.05
 
 

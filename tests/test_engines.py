@@ -17,7 +17,15 @@ DECODING = Decoding(max_new_tokens=48)
 
 
 def settings_of(**values) -> EngineSettings:
-    defaults = {"base": TINY_BASE, "adapters": (), "precision": "fp32", "compute_dtype": "fp32", "decoding": DECODING, "batch_size": 8, "device": "cpu"}
+    defaults = {
+        "base": TINY_BASE,
+        "adapters": (),
+        "precision": "fp32",
+        "compute_dtype": "fp32",
+        "decoding": DECODING,
+        "batch_size": 8,
+        "device": "cpu",
+    }
     return EngineSettings(**(defaults | values))
 
 
@@ -39,7 +47,10 @@ def build():
 
 @pytest.fixture(scope="module")
 def prompts() -> list[str]:
-    return [render_student_prompt(row["premise"], row["hypothesis"]) for row in read_examples(REPOSITORY / "data/sample/test.csv")[:30]]
+    return [
+        render_student_prompt(row["premise"], row["hypothesis"])
+        for row in read_examples(REPOSITORY / "data/sample/test.csv")[:30]
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +82,10 @@ def label_probability(model, tokenizer, prompt: str, text: str) -> float:
     from nli.models.tokenizer import encode_example
 
     ids = [
-        encode_example(tokenizer, prompt, text.replace(f"{label}}}", f"{other}}}")).input_ids for label in (0, 1) for other in (0, 1) if f"{label}}}" in text
+        encode_example(tokenizer, prompt, text.replace(f"{label}}}", f"{other}}}")).input_ids
+        for label in (0, 1)
+        for other in (0, 1)
+        if f"{label}}}" in text
     ]
     place = next(index for index, pair in enumerate(zip(*ids, strict=True)) if pair[0] != pair[1])
     with torch.inference_mode():
@@ -89,7 +103,9 @@ def test_answers_are_those_of_plain_generate(build, plain, prompts, requests):
         text, stopped = generate(*plain, prompt, 48)
         assert (generation.text, generation.finish_reason) == (text, "stop" if stopped else "length")
         assert len(plain[1].encode(prompt, add_special_tokens=False)) + 1 == generation.num_prompt_tokens
-    assert {generation.finish_reason for generation in answer_all(build(decoding=Decoding(max_new_tokens=27)), requests)} == {"stop", "length"}
+    assert {
+        generation.finish_reason for generation in answer_all(build(decoding=Decoding(max_new_tokens=27)), requests)
+    } == {"stop", "length"}
 
 
 def test_neither_batch_size_nor_order_change_an_answer(build, requests):
@@ -99,7 +115,9 @@ def test_neither_batch_size_nor_order_change_an_answer(build, requests):
     engine = build(batch_size=7)
     engine.steps = 5  # as on a GPU: rows may write on after their end before anybody looks
     assert texts(answer_all(engine, requests)) == texts(expected)
-    assert [one.probability for one in answer_all(engine, requests)] == pytest.approx([one.probability for one in expected], abs=1e-4)
+    assert [one.probability for one in answer_all(engine, requests)] == pytest.approx(
+        [one.probability for one in expected], abs=1e-4
+    )
 
 
 def test_rows_leave_when_they_end_and_others_take_their_slots(build, requests):
@@ -129,7 +147,10 @@ def test_the_probability_is_that_of_plain_transformers(build, plain, prompts, re
     for prompt, generation in zip(prompts, generations, strict=True):
         assert generation.probability == pytest.approx(label_probability(*plain, prompt, generation.text), abs=1e-3)
         assert (generation.probability > 0.5) == parse_answer(generation.text).fields["predicted_label"]
-    assert {generation.probability for generation in answer_all(build(decoding=Decoding(label_probability=False)), requests[:2])} == {None}
+    assert {
+        generation.probability
+        for generation in answer_all(build(decoding=Decoding(label_probability=False)), requests[:2])
+    } == {None}
 
 
 def test_without_a_thought_only_the_label_is_read(build, plain, prompts, requests):
@@ -140,7 +161,11 @@ def test_without_a_thought_only_the_label_is_read(build, plain, prompts, request
         assert generation.probability == pytest.approx(probability, abs=1e-3)
         assert generation.text == render_completion("", int(probability > 0.5))
     assert engine.figures()["steps"] == 0
-    assert (generations[0].label_forced, generations[0].finish_reason, generations[0].num_completion_tokens) == (True, "stop", 1)
+    assert (generations[0].label_forced, generations[0].finish_reason, generations[0].num_completion_tokens) == (
+        True,
+        "stop",
+        1,
+    )
 
 
 def test_a_text_that_cannot_be_read_gets_the_likelier_label_after_its_thought(build, plain, prompts, requests):
@@ -151,7 +176,10 @@ def test_a_text_that_cannot_be_read_gets_the_likelier_label_after_its_thought(bu
         cut, _ = generate(*plain, prompt, 12)
         assert cut == render_completion(thought, 0)[: len(cut)] and generation.finish_reason == "length"
         assert generation.probability == pytest.approx(label_probability(*plain, prompt, generation.text), abs=1e-3)
-    assert not any(generation.label_forced for generation in answer_all(build(decoding=Decoding(max_new_tokens=48, force_label=True)), requests[:5]))
+    assert not any(
+        generation.label_forced
+        for generation in answer_all(build(decoding=Decoding(max_new_tokens=48, force_label=True)), requests[:5])
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
@@ -188,9 +216,14 @@ def test_samples_are_drawn_as_often_as_the_softmax_says():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).expand(20_000, 4)
     draws = torch.rand(20_000, dtype=torch.double, generator=torch.Generator().manual_seed(1))
     tokens, _ = choose_tokens(logits, torch.arange(4), 0.7, draws)
-    assert (torch.bincount(tokens, minlength=4) / 20_000).tolist() == pytest.approx((logits[0] / 0.7).softmax(dim=0).tolist(), abs=0.01)
+    assert (torch.bincount(tokens, minlength=4) / 20_000).tolist() == pytest.approx(
+        (logits[0] / 0.7).softmax(dim=0).tolist(), abs=0.01
+    )
     for number, token in ((0.0, 0), (1 - 1e-17, 3)):
-        assert choose_tokens(logits[:1], torch.arange(4), 0.7, torch.tensor([number], dtype=torch.double))[0].item() == token
+        assert (
+            choose_tokens(logits[:1], torch.arange(4), 0.7, torch.tensor([number], dtype=torch.double))[0].item()
+            == token
+        )
 
 
 def test_an_adapters_answers_are_those_of_plain_peft(build, prompts, requests, tmp_path):
@@ -208,7 +241,10 @@ def test_an_adapters_answers_are_those_of_plain_peft(build, prompts, requests, t
 
 def test_one_engine_serves_several_adapters_and_the_base(build, requests, tmp_path):
     folders = [str(make_adapter(tmp_path / str(scale), "none", scale)) for scale in (0.02, 0.1)]
-    alone = [texts(answer_all(build(adapters=(folder,)), [Request(one.prompt, folder) for one in requests])) for folder in folders]
+    alone = [
+        texts(answer_all(build(adapters=(folder,)), [Request(one.prompt, folder) for one in requests]))
+        for folder in folders
+    ]
     alone.append(texts(answer_all(build(), requests)))
     assert alone[0] != alone[1] != alone[2]
     mixed = [Request(one.prompt, adapter) for one in requests for adapter in (*folders, None)]
@@ -321,7 +357,9 @@ def test_a_group_with_a_row_that_breaks_is_tried_before_new_rows_come_in(build, 
     first = engine.submit(Request(requests[0].prompt, num_tokens=30))
     while not (engine.active or first.done()):
         pass
-    futures = [engine.submit(request) for request in (Request(render_student_prompt("dog " * 100, "cats.")), *requests[2:])]
+    futures = [
+        engine.submit(request) for request in (Request(render_student_prompt("dog " * 100, "cats.")), *requests[2:])
+    ]
     for index, future in enumerate(futures, 1):
         future.add_done_callback(lambda _, index=index: order.append(index))
     texts_of_all = [future.result(timeout=60).text for future in futures]
@@ -348,7 +386,11 @@ def test_a_row_that_breaks_the_forward_pass_fails_alone(build, requests, where, 
     failed = {index for index, generation in enumerate(generations) if generation.text is None}
     assert failed == {11}
     assert {generations[index].problem for index in failed} == {"ValueError: a row that nobody can read"}
-    assert all(generation.text == text for index, (generation, text) in enumerate(zip(generations, expected, strict=True)) if index not in failed)
+    assert all(
+        generation.text == text
+        for index, (generation, text) in enumerate(zip(generations, expected, strict=True))
+        if index not in failed
+    )
 
 
 def test_a_label_that_breaks_or_is_no_number_fails_alone(build, requests, monkeypatch):
@@ -365,7 +407,10 @@ def test_a_label_that_breaks_or_is_no_number_fails_alone(build, requests, monkey
     monkeypatch.setattr(engine.slots, "read", read_that_breaks)
     longer = [Request(render_student_prompt("dog " * count, "cats.")) for count in (60, 150)]
     generations = answer_all(engine, [*longer, *requests[:9]])
-    assert [generation.problem for generation in generations] == ["the model's logits are not finite numbers", "ValueError: too long"] + [""] * 9
+    assert [generation.problem for generation in generations] == [
+        "the model's logits are not finite numbers",
+        "ValueError: too long",
+    ] + [""] * 9
 
 
 def test_a_model_whose_weights_are_no_numbers_gives_rows_with_a_problem(build, requests):
@@ -374,7 +419,9 @@ def test_a_model_whose_weights_are_no_numbers_gives_rows_with_a_problem(build, r
     engine = build()
     with torch.no_grad():
         engine.model.lm_head.weight.fill_(float("nan"))
-    assert {generation.problem for generation in answer_all(engine, requests[:9])} == {"the model's logits are not finite numbers"}
+    assert {generation.problem for generation in answer_all(engine, requests[:9])} == {
+        "the model's logits are not finite numbers"
+    }
 
 
 def test_a_prompt_that_cannot_be_read_is_told_and_others_are_answered(build, requests):
@@ -387,7 +434,10 @@ def test_a_prompt_that_cannot_be_read_is_told_and_others_are_answered(build, req
     ]
     generations = answer_all(engine, [*strange, requests[0]])
     assert [generation.text for generation in generations[:4]] == [None] * 4
-    assert "control token" in generations[0].problem and "no room for an answer within the model's 512 positions" in generations[1].problem
+    assert (
+        "control token" in generations[0].problem
+        and "no room for an answer within the model's 512 positions" in generations[1].problem
+    )
     assert generations[2].problem and "models/none" in generations[3].problem
     assert parse_answer(generations[4].text).fields
 
@@ -396,8 +446,12 @@ def test_exactly_so_many_tokens_are_written_and_never_more_than_the_model_has_po
     engine = build(batch_size=4)
     engine.steps = 8
     counts = [1, 2, 7, 50, 100, 3, 64]
-    generations = answer_all(engine, [Request(one.prompt, num_tokens=count) for one, count in zip(requests, counts, strict=False)])
-    assert [(generation.num_completion_tokens, generation.finish_reason) for generation in generations] == [(count, "length") for count in counts]
+    generations = answer_all(
+        engine, [Request(one.prompt, num_tokens=count) for one, count in zip(requests, counts, strict=False)]
+    )
+    assert [(generation.num_completion_tokens, generation.finish_reason) for generation in generations] == [
+        (count, "length") for count in counts
+    ]
     generation = answer_all(engine, [Request(requests[0].prompt, num_tokens=600)])[0]
     assert generation.num_prompt_tokens + generation.num_completion_tokens == 512
 
@@ -425,7 +479,10 @@ def test_nf4_weights_multiplied_out_are_what_bitsandbytes_computes_with(dtype):
 
     from nli.models.load import keep_weights_in_evaluations, load_base, multiply_out
 
-    quantised, plain = load_base(TINY_BASE, "nf4", dtype, "cpu", "sdpa").eval(), multiply_out(load_base(TINY_BASE, "nf4", dtype, "cpu", "sdpa"), "cpu").eval()
+    quantised, plain = (
+        load_base(TINY_BASE, "nf4", dtype, "cpu", "sdpa").eval(),
+        multiply_out(load_base(TINY_BASE, "nf4", dtype, "cpu", "sdpa"), "cpu").eval(),
+    )
     keep_weights_in_evaluations(quantised)
     assert not any(type(module).__name__ == "Linear4bit" for module in plain.modules())
     for name, module in quantised.named_modules():
@@ -496,7 +553,9 @@ def test_a_gpu_that_cannot_compute_any_more_is_no_fault_of_a_row(monkeypatch):
 
 def test_what_ends_the_engine_is_raised_out_of_every_future(build, requests, monkeypatch):
     engine = build(batch_size=2)
-    monkeypatch.setattr(engine, "_mend", lambda failure, rows: (_ for _ in ()).throw(EngineDead("The GPU failed: an illegal address")))
+    monkeypatch.setattr(
+        engine, "_mend", lambda failure, rows: (_ for _ in ()).throw(EngineDead("The GPU failed: an illegal address"))
+    )
     monkeypatch.setattr(engine.slots, "step", lambda tokens: 1 / 0)
     futures = [engine.submit(request) for request in requests]
     for future in futures:
@@ -527,7 +586,12 @@ def test_vllm_is_chosen_where_it_is_installed_and_the_device_is_a_gpu(monkeypatc
     assert choose_engine("auto", "nf4", "cuda:0", kv_cache_dtype="fp8") == "vllm"
     with pytest.raises(ModelError, match="KV cache in fp8 needs engine vllm"):
         choose_engine("auto", "nf4", "cpu", kv_cache_dtype="fp8")
-    assert choose_engine("auto", "fp32", "cuda:0") == choose_engine("auto", "nf4", "cpu") == choose_engine("transformers", "nf4", "cuda:0") == "transformers"
+    assert (
+        choose_engine("auto", "fp32", "cuda:0")
+        == choose_engine("auto", "nf4", "cpu")
+        == choose_engine("transformers", "nf4", "cuda:0")
+        == "transformers"
+    )
     assert choose_engine("auto", "nf4", "cuda:0", "fp32") == "transformers"
     for name, precision in (("vllm", "nf4"), ("auto", "fp8")):
         with pytest.raises(ModelError, match="vllm computes in bf16, not in fp32"):

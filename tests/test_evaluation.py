@@ -58,7 +58,9 @@ def write_runs(folder: Path, n: int = 80, **runs) -> tuple[str, ...]:
 
 def evaluate(folder: Path, predictions: tuple[str, ...], **fields) -> dict:
     """Run the stage; returns the content of evaluation.json."""
-    report = evaluation.run(EvaluatePredictionsConfig(predictions=predictions, output_dir=str(folder / "out"), **fields))
+    report = evaluation.run(
+        EvaluatePredictionsConfig(predictions=predictions, output_dir=str(folder / "out"), **fields)
+    )
     assert report == folder / "out" / "report.html"
     return json.loads((folder / "out" / "evaluation.json").read_text(encoding="utf-8"))
 
@@ -84,7 +86,12 @@ class Cells(HTMLParser):
         if tag == "tr":
             self._row = found
         if tag == "td" and "data-key" in found:
-            place = (self._table.get("data-table"), self._row.get("data-run"), self._row.get("data-other"), self._table.get("data-by"))
+            place = (
+                self._table.get("data-table"),
+                self._row.get("data-run"),
+                self._row.get("data-other"),
+                self._table.get("data-by"),
+            )
             values = [json.loads(found[name]) for name in ("data-value", "data-low", "data-high") if name in found]
             self.cells[(*place, self._row.get("data-group"), found["data-key"])] = values
 
@@ -116,7 +123,10 @@ def test_runs_are_compared_on_the_same_rows(made):
     assert compared["difference"] == pytest.approx(found["runs"][1]["accuracy"] - found["runs"][0]["accuracy"])
     assert compared["holm_p_value"] == compared["p_value"] < 0.05
     assert compared["differs"] is True
-    assert compared["both_right"] + compared["only_run_right"] + compared["only_other_right"] + compared["neither_right"] == 80
+    assert (
+        compared["both_right"] + compared["only_run_right"] + compared["only_other_right"] + compared["neither_right"]
+        == 80
+    )
 
 
 def test_every_slice_has_its_rows_an_interval_and_a_mark_when_too_small(made):
@@ -161,7 +171,9 @@ def test_the_report_shows_exactly_the_numbers_of_the_json_file(made):
         place = ("slices", row["run"], None, row["by"], row["group"])
         assert cells[*place, "n"] == [row["n"]]
         assert cells[*place, "accuracy"] == [row["accuracy"], row["accuracy_low"], row["accuracy_high"]]
-    assert len(cells) == 2 * 10 + 6 + 1 + 3 * len(found["slices"])  # runs, the comparison, the one unparsed status, slices: no number from elsewhere
+    assert len(cells) == 2 * 10 + 6 + 1 + 3 * len(
+        found["slices"]
+    )  # runs, the comparison, the one unparsed status, slices: no number from elsewhere
 
 
 def test_what_a_cell_shows_is_its_value_rounded(made):
@@ -185,7 +197,13 @@ def test_the_table_on_stdout_is_aligned_and_the_report_has_its_own_line(tmp_path
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["model", "n", "unparsed", "accuracy", "95", "%", "interval", "macro", "F1"]
     assert lines[1].split()[:4] == ["good", "80", "0", "0.900"]
-    assert lines[2].split() == ["poor", "80", "4", *(format_share(found["runs"][1]["accuracy"]),), *lines[2].split()[4:]]
+    assert lines[2].split() == [
+        "poor",
+        "80",
+        "4",
+        *(format_share(found["runs"][1]["accuracy"]),),
+        *lines[2].split()[4:],
+    ]
     assert len({len(line) for line in lines[:3]}) == 1
     assert lines[3] == f"report: {tmp_path / 'out' / 'report.html'}"
 
@@ -198,12 +216,18 @@ def test_the_json_file_tells_what_was_evaluated_with_what(made):
     assert facts["runs"][0]["answered_by"] == ["tiny"]
     assert facts["hardware"]["cpus"] >= 1
     manifest = json.loads((folder / "out" / "manifest.json").read_text())
-    assert (manifest["stage"], manifest["status"], manifest["counts"]) == ("evaluation", "finished", {"runs": 2, "rows": 80, "unparsed": 4})
+    assert (manifest["stage"], manifest["status"], manifest["counts"]) == (
+        "evaluation",
+        "finished",
+        {"runs": 2, "rows": 80, "unparsed": 4},
+    )
 
 
 def test_unparsed_answers_are_shown_by_status_with_an_example(made):
     _, found, html = made
-    assert [(row["run"], row["status"], row["rows"], row["id"]) for row in found["unparsed"]] == [("poor", "truncated", 4, "7")]
+    assert [(row["run"], row["status"], row["rows"], row["id"]) for row in found["unparsed"]] == [
+        ("poor", "truncated", 4, "7")
+    ]
     assert "{&#34;thought_process&#34;: &#34;Ste" in html
 
 
@@ -211,7 +235,11 @@ def test_disagreements_take_each_pattern_in_turn(made):
     _, found, _ = made
     disagreements = found["disagreements"]
     compared = found["comparisons"][0]
-    assert disagreements["rows"] == compared["only_run_right"] + compared["only_other_right"] == sum(row["rows"] for row in disagreements["patterns"])
+    assert (
+        disagreements["rows"]
+        == compared["only_run_right"] + compared["only_other_right"]
+        == sum(row["rows"] for row in disagreements["patterns"])
+    )
     assert len(disagreements["examples"]) == 8
     first, second = disagreements["examples"][:2]
     assert [said["right"] for said in first["answers"]] == [True, False]
@@ -223,13 +251,26 @@ def test_text_from_the_data_cannot_become_markup(tmp_path):
 
     def nasty(number: int) -> dict:
         thought = f"{evil} </pre>"
-        row = answer(number, 1, number % 2, premise=f"{evil} {number}", hypothesis=evil, thought_process=thought, phenomenon=f"{evil} {number % 2}")
+        row = answer(
+            number,
+            1,
+            number % 2,
+            premise=f"{evil} {number}",
+            hypothesis=evil,
+            thought_process=thought,
+            phenomenon=f"{evil} {number % 2}",
+        )
         return row if number else row | {"parse_status": "bad_json", "raw_text": evil, "problem": evil}
 
     def inverse(number: int) -> dict:
         return nasty(number) | {"predicted_label": 1 - number % 2, "parse_status": "ok"}
 
-    found = evaluate(tmp_path, write_runs(tmp_path, 40, a=nasty, b=inverse), names=("<b>bold</b>", "$x$ & co"), slice_by=("phenomenon",))
+    found = evaluate(
+        tmp_path,
+        write_runs(tmp_path, 40, a=nasty, b=inverse),
+        names=("<b>bold</b>", "$x$ & co"),
+        slice_by=("phenomenon",),
+    )
     html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "<script" not in html
     assert "<b>" not in html
@@ -238,9 +279,16 @@ def test_text_from_the_data_cannot_become_markup(tmp_path):
 
 
 def test_rows_without_labels_get_counts_statuses_and_the_share_of_label_1(tmp_path, capsys):
-    predictions = write_runs(tmp_path, a=lambda number: good(number) | {"true_label": None}, b=lambda number: poor(number) | {"true_label": None})
+    predictions = write_runs(
+        tmp_path,
+        a=lambda number: good(number) | {"true_label": None},
+        b=lambda number: poor(number) | {"true_label": None},
+    )
     found = evaluate(tmp_path, predictions, slice_by=("phenomenon",))
-    assert [(row["n"], row["unparsed"], row["labelled"], row["accuracy"]) for row in found["runs"]] == [(80, 0, 0, None), (80, 4, 0, None)]
+    assert [(row["n"], row["unparsed"], row["labelled"], row["accuracy"]) for row in found["runs"]] == [
+        (80, 0, 0, None),
+        (80, 4, 0, None),
+    ]
     assert found["runs"][0]["share_1"] == 0.6
     assert found["runs"][1]["share_1"] == found["runs"][1]["predicted_1"] / 76
     assert (found["comparisons"], found["slices"]) == ([], [])
@@ -251,7 +299,9 @@ def test_rows_without_labels_get_counts_statuses_and_the_share_of_label_1(tmp_pa
 
 
 def test_a_partly_labelled_file_is_scored_on_its_labelled_rows(tmp_path):
-    found = evaluate(tmp_path, write_runs(tmp_path, a=lambda number: good(number) | ({} if number < 60 else {"true_label": None})))
+    found = evaluate(
+        tmp_path, write_runs(tmp_path, a=lambda number: good(number) | ({} if number < 60 else {"true_label": None}))
+    )
     assert (found["runs"][0]["n"], found["runs"][0]["labelled"], found["runs"][0]["correct"]) == (80, 60, 54)
 
 
@@ -269,7 +319,11 @@ def test_a_baseline_is_compared_with_each_other_run_and_all_tests_are_adjusted_t
     assert smaller["holm_p_value"] == pytest.approx(2 * smaller["p_value"])
     assert larger["holm_p_value"] == pytest.approx(max(larger["p_value"], 2 * smaller["p_value"]))
     everything = evaluate(tmp_path, third)
-    assert [(row["run"], row["other"]) for row in everything["comparisons"]] == [("poor", "good"), ("worst", "good"), ("worst", "poor")]
+    assert [(row["run"], row["other"]) for row in everything["comparisons"]] == [
+        ("poor", "good"),
+        ("worst", "good"),
+        ("worst", "poor"),
+    ]
 
 
 def test_a_rerun_with_other_files_or_settings_is_made_anew(tmp_path):
@@ -295,12 +349,33 @@ def test_the_folder_of_another_stage_is_refused_and_left_alone(tmp_path):
 def test_a_sweep_and_earlier_stages_appear_in_the_report(tmp_path):
     predictions = write_runs(tmp_path, good=good)
     trials = [
-        {"lora_rank": 8, "learning_rate": 0.0002, "ablation": "reflected", "eval_loss": float("nan"), "status": "failed", "seconds": 3.0},
-        {"lora_rank": 32, "learning_rate": 0.002, "ablation": "reflected", "eval_loss": 0.25, "status": "finished", "seconds": 31.5},
+        {
+            "lora_rank": 8,
+            "learning_rate": 0.0002,
+            "ablation": "reflected",
+            "eval_loss": float("nan"),
+            "status": "failed",
+            "seconds": 3.0,
+        },
+        {
+            "lora_rank": 32,
+            "learning_rate": 0.002,
+            "ablation": "reflected",
+            "eval_loss": 0.25,
+            "status": "finished",
+            "seconds": 31.5,
+        },
     ]
-    (tmp_path / "sweep.json").write_text(json.dumps({"trials": trials, "best": {"lora_rank": 32, "learning_rate": 0.002, "ablation": "reflected"}}))
+    (tmp_path / "sweep.json").write_text(
+        json.dumps({"trials": trials, "best": {"lora_rank": 32, "learning_rate": 0.002, "ablation": "reflected"}})
+    )
     found = evaluate(tmp_path, predictions, sweep_json=str(tmp_path / "sweep.json"))
-    found = evaluate(tmp_path, predictions, sweep_json=str(tmp_path / "sweep.json"), stages=(str(tmp_path / "out" / "manifest.json"),))
+    found = evaluate(
+        tmp_path,
+        predictions,
+        sweep_json=str(tmp_path / "sweep.json"),
+        stages=(str(tmp_path / "out" / "manifest.json"),),
+    )
     assert found["sweep"]["trials"][0]["eval_loss"] is None
     assert found["stages"][0]["stage"] == "evaluation"
     assert found["stages"][0]["output"] == "out"
@@ -340,7 +415,10 @@ def test_the_config_file_in_the_repository_loads():
         ({"predictions": ("x/a.jsonl", "y/a.jsonl")}, "two runs are called 'a'; tell them apart with --names"),
         ({"predictions": ("a.jsonl", "a.jsonl"), "names": ("a", "b")}, "names a file twice"),
         ({"predictions": ("a.jsonl",), "names": (" ",)}, "has no name"),
-        ({"predictions": ("base.jsonl", "b.jsonl"), "baseline": "bas"}, "no run; the runs are base, b. Did you mean base?"),
+        (
+            {"predictions": ("base.jsonl", "b.jsonl"), "baseline": "bas"},
+            "no run; the runs are base, b. Did you mean base?",
+        ),
         ({"predictions": ("a.jsonl",), "baseline": "a"}, "is the only run"),
         ({"confidence": 1.0}, "less than 1"),
         ({"bootstrap_draws": 0}, "greater than or equal to 1"),
@@ -354,12 +432,32 @@ def test_a_config_that_cannot_be_meant_is_refused(fields, message):
 @pytest.mark.parametrize(
     ("second", "fields", "message"),
     [
-        (lambda number: poor(number + 3), {}, r"poor.jsonl: lacks 3 of the rows of .*good.jsonl, such as id '0' with the premise 'Dog 0 ran"),
-        (lambda number: poor(number) | {"premise": "Edited."} if number == 4 else poor(number), {}, r"poor.jsonl: lacks 1 of the rows of .* such as id '4'"),
-        (lambda number: poor(number) | {"true_label": 1 - number % 2} if number == 4 else poor(number), {}, r"id '4' has true_label 1, and 0 in .*good"),
+        (
+            lambda number: poor(number + 3),
+            {},
+            r"poor.jsonl: lacks 3 of the rows of .*good.jsonl, such as id '0' with the premise 'Dog 0 ran",
+        ),
+        (
+            lambda number: poor(number) | {"premise": "Edited."} if number == 4 else poor(number),
+            {},
+            r"poor.jsonl: lacks 1 of the rows of .* such as id '4'",
+        ),
+        (
+            lambda number: poor(number) | {"true_label": 1 - number % 2} if number == 4 else poor(number),
+            {},
+            r"id '4' has true_label 1, and 0 in .*good",
+        ),
         (lambda number: poor(number % 79), {}, r"poor.jsonl: id '0' stands twice"),
-        (lambda number: poor(number) | {"parse_status": "ok"}, {}, r"id '7' has parse_status ok and no predicted_label"),
-        (poor, {"slice_by": ("phenomenom",)}, r"80 rows have no column 'phenomenom' to slice by. Did you mean phenomenon\?"),
+        (
+            lambda number: poor(number) | {"parse_status": "ok"},
+            {},
+            r"id '7' has parse_status ok and no predicted_label",
+        ),
+        (
+            poor,
+            {"slice_by": ("phenomenom",)},
+            r"80 rows have no column 'phenomenom' to slice by. Did you mean phenomenon\?",
+        ),
         (poor, {"slice_by": ("id",)}, r"column 'id' has 80 different values"),
         (poor, {"sweep_json": "{folder}/good.jsonl"}, r"not the results of a sweep"),
         (poor, {"stages": ("{folder}/good.jsonl",)}, r"not the manifest of a stage"),
@@ -370,7 +468,9 @@ def test_a_config_that_cannot_be_meant_is_refused(fields, message):
 def test_files_that_cannot_be_evaluated_are_refused_and_nothing_is_written(tmp_path, second, fields, message):
     predictions = write_runs(tmp_path, good=good, poor=second)
     placed = {
-        key: tuple(item.format(folder=tmp_path) for item in value) if isinstance(value, tuple) else value.format(folder=tmp_path)
+        key: tuple(item.format(folder=tmp_path) for item in value)
+        if isinstance(value, tuple)
+        else value.format(folder=tmp_path)
         for key, value in fields.items()
     }
     with pytest.raises(DataError, match=message):
@@ -379,7 +479,11 @@ def test_files_that_cannot_be_evaluated_are_refused_and_nothing_is_written(tmp_p
 
 
 def test_runs_without_labels_cannot_be_compared_with_a_baseline(tmp_path):
-    predictions = write_runs(tmp_path, a=lambda number: good(number) | {"true_label": None}, b=lambda number: poor(number) | {"true_label": None})
+    predictions = write_runs(
+        tmp_path,
+        a=lambda number: good(number) | {"true_label": None},
+        b=lambda number: poor(number) | {"true_label": None},
+    )
     with pytest.raises(DataError, match="no row has a true label, so no run can be compared with 'a'"):
         evaluate(tmp_path, predictions, baseline="a")
 
@@ -390,11 +494,24 @@ def test_help_answers_within_two_seconds_and_loads_no_heavy_library():
     assert "--predictions" in done.stdout
     assert seconds < 2
     script = "import sys, nli.evaluation.run; print([name for name in ('numpy', 'scipy', 'sklearn', 'matplotlib', 'ray', 'torch') if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_a_refusal_on_the_command_line_is_one_message_and_status_2(tmp_path):
-    command = [sys.executable, "-m", "ray_jobs.evaluate_predictions", "--predictions", str(tmp_path / "none.jsonl"), "--output-dir", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "ray_jobs.evaluate_predictions",
+        "--predictions",
+        str(tmp_path / "none.jsonl"),
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {tmp_path / 'none.jsonl'}: no such file")

@@ -97,7 +97,17 @@ def test_pairs_become_examples(pairs):
         "premise,hypothesis,true_label\na,b,1\n",
         "premise,hypothesis,label\na,b, 1 \n",
     ],
-    ids=["BOM", "BOM and quotes", "Windows", "old Mac", "no newline at the end", "blank lines", "another order", "true_label", "spaces around a label"],
+    ids=[
+        "BOM",
+        "BOM and quotes",
+        "Windows",
+        "old Mac",
+        "no newline at the end",
+        "blank lines",
+        "another order",
+        "true_label",
+        "spaces around a label",
+    ],
 )
 def test_the_same_pair_is_read_from_any_form_of_the_file(pairs, text):
     assert read_examples(write(pairs, text)) == [{"id": "0", "premise": "a", "hypothesis": "b", "true_label": 1}]
@@ -146,7 +156,10 @@ def test_text_passes_from_csv_through_json_lines_to_csv_unchanged(tmp_path, text
     assert kept == read
     write_csv(tmp_path / "out.csv", kept, ["id", "premise", "hypothesis", "true_label", "note"])
     with open(tmp_path / "out.csv", encoding="utf-8", newline="") as file:
-        assert list(csv.reader(file)) == [["id", "premise", "hypothesis", "true_label", "note"], ["0", text, text, "1", text]]
+        assert list(csv.reader(file)) == [
+            ["id", "premise", "hypothesis", "true_label", "note"],
+            ["0", text, text, "1", text],
+        ]
 
 
 def test_all_odd_texts_in_one_file_keep_their_rows(tmp_path):
@@ -169,7 +182,10 @@ def test_a_missing_file_a_folder_and_an_empty_file_are_refused(tmp_path, refusal
     with pytest.raises(DataError, match=r"a folder, not a CSV file\.$"):
         read_examples(tmp_path)
     for text in ("", "\ufeff", "\n\n"):
-        assert refusal(text) == "pairs.csv: the file is empty; it needs a header with premise,hypothesis[,label] and a row for each pair."
+        assert (
+            refusal(text)
+            == "pairs.csv: the file is empty; it needs a header with premise,hypothesis[,label] and a row for each pair."
+        )
     assert refusal("premise,hypothesis,label\n") == "pairs.csv: the file has a header but no rows."
 
 
@@ -186,19 +202,49 @@ def test_a_column_that_an_answer_would_overwrite_is_refused(refusal, column):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("premises,hypothesis\na,b\n", "pairs.csv:1: no column premise; the header is premises,hypothesis. Did you mean premises?"),
-        ("premise,hypotesis\na,b\n", "pairs.csv:1: no column hypothesis; the header is premise,hypotesis. Did you mean hypotesis?"),
-        ("Premise,Hypothesis\na,b\n", "pairs.csv:1: no column premise and no column hypothesis; the header is Premise,Hypothesis."),
+        (
+            "premises,hypothesis\na,b\n",
+            "pairs.csv:1: no column premise; the header is premises,hypothesis. Did you mean premises?",
+        ),
+        (
+            "premise,hypotesis\na,b\n",
+            "pairs.csv:1: no column hypothesis; the header is premise,hypotesis. Did you mean hypotesis?",
+        ),
+        (
+            "Premise,Hypothesis\na,b\n",
+            "pairs.csv:1: no column premise and no column hypothesis; the header is Premise,Hypothesis.",
+        ),
         ("a,b\n", "pairs.csv:1: no column premise and no column hypothesis; the header is a,b."),
-        ("premise;hypothesis\na;b\n", "pairs.csv:1: no column premise and no column hypothesis; the header is premise;hypothesis."),
+        (
+            "premise;hypothesis\na;b\n",
+            "pairs.csv:1: no column premise and no column hypothesis; the header is premise;hypothesis.",
+        ),
         ("premise,hypothesis,label,ID\na,b,1,7\n", "pairs.csv:1: column 'ID' is not id"),
-        ("premise,hypothesis,Label\na,b,1\n", "pairs.csv:1: column 'Label' is not label, but would ride along as any other text; rename it."),
-        ("ID,premise,hypothesis, label\n7,a,b,1\n", "pairs.csv:1: column 'ID' is not id and column ' label' is not label, but"),
+        (
+            "premise,hypothesis,Label\na,b,1\n",
+            "pairs.csv:1: column 'Label' is not label, but would ride along as any other text; rename it.",
+        ),
+        (
+            "ID,premise,hypothesis, label\n7,a,b,1\n",
+            "pairs.csv:1: column 'ID' is not id and column ' label' is not label, but",
+        ),
         ("premise,hypothesis,premise\na,b,c\n", "pairs.csv:1: column premise stands twice; rename or remove it."),
-        ("premise,hypothesis,raw_text\na,b,c\n", "pairs.csv:1: column raw_text is written by this project; rename or remove it."),
-        ("premise,hypothesis,predicted_label\na,b,1\n", "pairs.csv:1: column predicted_label is written by this project; rename or remove it."),
-        ("premise,hypothesis,error_analysis\na,b,c\n", "pairs.csv:1: column error_analysis is written by this project; rename or remove it."),
-        ("premise,hypothesis,label,true_label\na,b,1,1\n", "pairs.csv:1: column label, true_label mean the same; rename or remove it."),
+        (
+            "premise,hypothesis,raw_text\na,b,c\n",
+            "pairs.csv:1: column raw_text is written by this project; rename or remove it.",
+        ),
+        (
+            "premise,hypothesis,predicted_label\na,b,1\n",
+            "pairs.csv:1: column predicted_label is written by this project; rename or remove it.",
+        ),
+        (
+            "premise,hypothesis,error_analysis\na,b,c\n",
+            "pairs.csv:1: column error_analysis is written by this project; rename or remove it.",
+        ),
+        (
+            "premise,hypothesis,label,true_label\na,b,1,1\n",
+            "pairs.csv:1: column label, true_label mean the same; rename or remove it.",
+        ),
     ],
 )
 def test_a_header_that_does_not_fit_is_refused(refusal, text, message):
@@ -208,14 +254,19 @@ def test_a_header_that_does_not_fit_is_refused(refusal, text, message):
 @pytest.mark.parametrize("column", ["id", "premise", "hypothesis", "label"])
 def test_a_column_of_lengths_that_is_part_of_the_pair_is_refused(pairs, column):
     write(pairs, "id,premise,hypothesis,label\n7,8,9,1\n")
-    with pytest.raises(DataError, match=f"pairs.csv:1: column {column} is part of the pair and holds no numbers to go by"):
+    with pytest.raises(
+        DataError, match=f"pairs.csv:1: column {column} is part of the pair and holds no numbers to go by"
+    ):
         list(iterate_examples(pairs, count_column=column))
 
 
 @pytest.mark.parametrize("label", ["2", "-1", "0.5", "1.0", "entailment", "yes", "true", "nan", "n/a", "٠"])
 def test_an_unknown_label_is_refused_with_its_line(refusal, label):
     message = refusal(f"premise,hypothesis,label\na,b,1\nc,d,{label}\n")
-    assert message == f"pairs.csv:3: label {label!r} is neither 1 (entailment) nor 0 (no entailment)\nMend these rows; nothing was started."
+    assert (
+        message
+        == f"pairs.csv:3: label {label!r} is neither 1 (entailment) nor 0 (no entailment)\nMend these rows; nothing was started."
+    )
 
 
 def test_a_line_number_is_the_line_in_the_file_also_after_newlines_inside_fields(refusal):
@@ -238,7 +289,11 @@ def test_ids_are_checked_for_repeats_in_little_memory_and_rows_come_one_by_one(p
     count = 10_000
 
     def read(last_id):
-        pairs.write_text("id,premise,hypothesis,label\n" + "".join(f"row-{index},a,b,1\n" for index in range(count)) + f"{last_id},a,b,1\n")
+        pairs.write_text(
+            "id,premise,hypothesis,label\n"
+            + "".join(f"row-{index},a,b,1\n" for index in range(count))
+            + f"{last_id},a,b,1\n"
+        )
         tracemalloc.start()
         try:
             return sum(1 for _ in iterate_examples(pairs)), None
@@ -249,7 +304,9 @@ def test_ids_are_checked_for_repeats_in_little_memory_and_rows_come_one_by_one(p
 
     assert read("new") == (count + 1, None)
     message, most = read("row-7")
-    assert message == f"pairs.csv:{count + 2}: id 'row-7' stands at line 9 already\nMend these rows; nothing was started."
+    assert (
+        message == f"pairs.csv:{count + 2}: id 'row-7' stands at line 9 already\nMend these rows; nothing was started."
+    )
     assert most <= 100 * count  # a set of the ids alone takes more
 
 
@@ -268,8 +325,12 @@ def test_of_many_faults_ten_are_shown_and_the_rest_counted(refusal):
 
 
 def test_a_pair_without_label_is_refused_where_labels_are_needed(refusal):
-    assert refusal("premise,hypothesis,label\na,b,1\nc,d,\n", need_labels=True).startswith("pairs.csv:3: no label, which this stage needs")
-    assert refusal("premise,hypothesis\na,b\n", need_labels=True).startswith("pairs.csv:1: no column label; the header is premise,hypothesis.")
+    assert refusal("premise,hypothesis,label\na,b,1\nc,d,\n", need_labels=True).startswith(
+        "pairs.csv:3: no label, which this stage needs"
+    )
+    assert refusal("premise,hypothesis\na,b\n", need_labels=True).startswith(
+        "pairs.csv:1: no column label; the header is premise,hypothesis."
+    )
 
 
 def test_an_open_quote_is_refused_with_the_line_where_its_row_starts(refusal):

@@ -44,7 +44,9 @@ def dev_file(tmp_path_factory) -> str:
     """Sixty rows of the sample's dev file with a completion."""
     path = tmp_path_factory.mktemp("rows") / "dev.jsonl"
     rows = read_examples(REPOSITORY / "data/sample/dev.csv")[:60]
-    write_jsonl(path, [build_sft_row(row, "reflected", "teacher", "Both say the same.", row["true_label"]) for row in rows])
+    write_jsonl(
+        path, [build_sft_row(row, "reflected", "teacher", "Both say the same.", row["true_label"]) for row in rows]
+    )
     return str(path)
 
 
@@ -98,7 +100,11 @@ def test_merged_bf16_is_the_original_weight_and_the_adapters_product_rounded_onc
     import torch
     from safetensors.torch import load_file
 
-    base, found, lora = read_weights(TINY_BASE), read_weights(merged["merged_bf16"]), load_file(adapters["nf4"] / "adapter_model.safetensors")
+    base, found, lora = (
+        read_weights(TINY_BASE),
+        read_weights(merged["merged_bf16"]),
+        load_file(adapters["nf4"] / "adapter_model.safetensors"),
+    )
     name = "model.layers.0.self_attn.q_proj"
     product = lora[f"base_model.model.{name}.lora_B.weight"] @ lora[f"base_model.model.{name}.lora_A.weight"] * (16 / 8)
     expected = (base[f"{name}.weight"].bfloat16().float() + product).bfloat16()
@@ -127,7 +133,9 @@ def test_answers_before_and_after_are_compared_by_labels_texts_and_logits(merged
         assert 0 <= check["unparsed_before"] <= 12 and 0 <= check["unparsed_after"] <= 12
         assert check["first_token_logits"]["positions"] == check["label_token_logits"]["positions"] == 12
         assert 0 < check["first_token_logits"]["mean"] < check["first_token_logits"]["max"]
-    nf4, bf16, plain = (reports[name]["check"]["label_token_logits"]["mean"] for name in ("merged_nf4", "merged_bf16", "unquantised"))
+    nf4, bf16, plain = (
+        reports[name]["check"]["label_token_logits"]["mean"] for name in ("merged_nf4", "merged_bf16", "unquantised")
+    )
     assert nf4 < bf16  # an adapter that was trained on NF4 is nearer to itself on NF4's weights
     assert plain < bf16  # and one that was not needs none of that
     assert reports["merged_nf4"]["trained_on"] == {"quantization": "nf4", "compute_dtype": "fp32"}
@@ -143,19 +151,32 @@ def test_an_adapter_in_a_pickled_file_is_merged_too(merged, adapters, dev_file, 
 
 def test_a_merged_model_that_answered_otherwise_is_told_so():
     generations = [
-        export.Generation(text, "stop", 1, 1) for text in (render_completion("a", 1), render_completion("b", 0), "no JSON", render_completion("d", 1))
+        export.Generation(text, "stop", 1, 1)
+        for text in (render_completion("a", 1), render_completion("b", 0), "no JSON", render_completion("d", 1))
     ]
     others = [
-        export.Generation(text, "stop", 1, 1) for text in (render_completion("a", 0), render_completion("other", 0), render_completion("c", 1), "nothing")
+        export.Generation(text, "stop", 1, 1)
+        for text in (render_completion("a", 0), render_completion("other", 0), render_completion("c", 1), "nothing")
     ]
     rows = [{"id": str(index), "true_label": 1} for index in range(4)]
     check = export.compare_answers(rows, (generations, [], []), (others, [], []))
-    assert [(row["id"], row["before"], row["after"]) for row in check["changed"]] == [("0", 1, 0), ("2", None, 1), ("3", 1, None)]
-    assert (check["labels_changed"], check["texts_changed"], check["unparsed_before"], check["unparsed_after"]) == (3, 4, 1, 1)
+    assert [(row["id"], row["before"], row["after"]) for row in check["changed"]] == [
+        ("0", 1, 0),
+        ("2", None, 1),
+        ("3", 1, None),
+    ]
+    assert (check["labels_changed"], check["texts_changed"], check["unparsed_before"], check["unparsed_after"]) == (
+        3,
+        4,
+        1,
+        1,
+    )
     assert (check["accuracy_before"], check["accuracy_after"], check["first_token_logits"]) == (0.5, 0.25, None)
 
 
-def test_a_folder_with_other_things_is_refused_and_the_same_export_is_not_made_again(merged, adapters, dev_file, capsys):
+def test_a_folder_with_other_things_is_refused_and_the_same_export_is_not_made_again(
+    merged, adapters, dev_file, capsys
+):
     before = (merged["merged_bf16"] / "model.safetensors").stat().st_mtime_ns
     assert export.run(config_of(adapters["nf4"], merged["merged_bf16"], dev_file)) == merged["merged_bf16"]
     assert "holds this very model already" in capsys.readouterr().out
@@ -165,11 +186,15 @@ def test_a_folder_with_other_things_is_refused_and_the_same_export_is_not_made_a
 
 
 def test_what_cannot_be_merged_is_refused_before_a_model_is_loaded(adapters, dev_file, tmp_path):
-    with pytest.raises(ConfigError, match="form merged_nf4 is for adapters trained on an NF4 base; this one's was none"):
+    with pytest.raises(
+        ConfigError, match="form merged_nf4 is for adapters trained on an NF4 base; this one's was none"
+    ):
         export.run(config_of(adapters["none"], tmp_path / "out", dev_file, form="merged_nf4"))
     with pytest.raises(ModelError, match="a whole model, and no adapter to merge"):
         export.run(config_of(Path(TINY_BASE), tmp_path / "out", dev_file))
-    with pytest.raises(DataError, match="its run's dev file is not known or not there any more; give rows of stage 3 by --dev-file"):
+    with pytest.raises(
+        DataError, match="its run's dev file is not known or not there any more; give rows of stage 3 by --dev-file"
+    ):
         export.run(config_of(adapters["nf4"], tmp_path / "out", ""))
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -180,11 +205,16 @@ def test_what_cannot_be_merged_is_refused_before_a_model_is_loaded(adapters, dev
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_that_cannot_be_written_or_is_being_made_is_refused_before_a_model_is_loaded(adapters, dev_file, tmp_path):
+def test_an_output_that_cannot_be_written_or_is_being_made_is_refused_before_a_model_is_loaded(
+    adapters, dev_file, tmp_path
+):
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"file: nothing can be written there \("):
         export.run(config_of(adapters["nf4"], tmp_path / "file/out", dev_file))
-    with lock_output(tmp_path / "out"), pytest.raises(ResumeError, match=rf"process {os.getpid()} on .* is at work on out; wait for it"):
+    with (
+        lock_output(tmp_path / "out"),
+        pytest.raises(ResumeError, match=rf"process {os.getpid()} on .* is at work on out; wait for it"),
+    ):
         export.run(config_of(adapters["nf4"], tmp_path / "out", dev_file))
 
 
@@ -203,7 +233,9 @@ def test_a_disk_without_room_for_the_merged_model_is_named_and_no_part_of_it_sta
 
 def test_an_adapter_that_diverged_is_refused_by_name(tmp_path):
     adapter = make_adapter(tmp_path / "adapter", "none", scale=float("inf"))
-    with pytest.raises(ModelError, match=r"merging makes model.layers.0.self_attn.q_proj.weight infinite or not a number"):
+    with pytest.raises(
+        ModelError, match=r"merging makes model.layers.0.self_attn.q_proj.weight infinite or not a number"
+    ):
         export.merge(TINY_BASE, str(adapter), "merged_bf16", "fp32", "cpu")
 
 
@@ -223,9 +255,22 @@ def test_a_merged_model_of_another_prompt_is_refused(merged, tmp_path):
 def test_the_job_merges_and_leaves_no_half_made_folder(no_ray, adapters, dev_file, tmp_path):
     output = tmp_path / "merged"
     (tmp_path / ".merged.partial").mkdir()  # as a kill leaves it
-    settings = ["--model", str(adapters["nf4"]), "--dev-file", dev_file, "--output-dir", str(output), "--form", "merged_nf4", "--check-rows", "4"]
+    settings = [
+        "--model",
+        str(adapters["nf4"]),
+        "--dev-file",
+        dev_file,
+        "--output-dir",
+        str(output),
+        "--form",
+        "merged_nf4",
+        "--check-rows",
+        "4",
+    ]
     command = [sys.executable, "-m", "ray_jobs.export_model", *settings, "--max-new-tokens", "16", "--use-gpu", "False"]
-    done = subprocess.run(command, cwd=REPOSITORY, env=dict(os.environ), capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=dict(os.environ), capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "of 4 labels and" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == [".merged.lock", "merged"]

@@ -49,7 +49,11 @@ def test_the_steps_are_the_same_for_any_number_of_workers_and_differ_by_epoch():
         found = []
         for step in range(3):
             micros = [micro for part in parts for micro in part[step]]
-            pieces = [micro["input_ids"][0].tensor_split(micro["cu_seq_lens_q"][1:-1].long()) for micro in micros if (micro["labels"] != -100).any()]
+            pieces = [
+                micro["input_ids"][0].tensor_split(micro["cu_seq_lens_q"][1:-1].long())
+                for micro in micros
+                if (micro["labels"] != -100).any()
+            ]
             found.append(sorted(tuple(row.tolist()) for piece in pieces for row in piece))
         return found
 
@@ -75,7 +79,9 @@ def test_packed_rows_have_their_own_positions_and_no_label_on_a_first_token():
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def tiny(quantization: str = "none", attention: str = "sdpa", targets=ATTENTION, dropout: float = 0.0, dtype: str = "fp32"):
+def tiny(
+    quantization: str = "none", attention: str = "sdpa", targets=ATTENTION, dropout: float = 0.0, dtype: str = "fp32"
+):
     """The tiny Mistral with adapters whose B is not zero, so that every gradient is alive."""
     import torch
 
@@ -96,10 +102,17 @@ def adapter_gradients(model) -> dict:
 
 
 LENGTHS = [9, 23, 5, 14]
-TARGETS = {"attention": ATTENTION, "all": (*ATTENTION, "gate_proj", "up_proj", "down_proj"), "some": ("q_proj", "v_proj")}
+TARGETS = {
+    "attention": ATTENTION,
+    "all": (*ATTENTION, "gate_proj", "up_proj", "down_proj"),
+    "some": ("q_proj", "v_proj"),
+}
 
 
-@pytest.mark.parametrize(("quantization", "targets"), [("none", "attention"), ("nf4", "attention"), ("nf4", "all"), ("nf4", "some"), ("int8", "attention")])
+@pytest.mark.parametrize(
+    ("quantization", "targets"),
+    [("none", "attention"), ("nf4", "attention"), ("nf4", "all"), ("nf4", "some"), ("int8", "attention")],
+)
 def test_losses_and_adapter_gradients_are_those_of_plain_transformers_and_peft(quantization, targets):
     """Each row alone through the plain model, against all rows packed through the fused one."""
     import torch
@@ -125,7 +138,9 @@ def test_losses_and_adapter_gradients_are_those_of_plain_transformers_and_peft(q
     each.sum().backward()
     sums = [part[part != 0].mean().item() for part in each.tensor_split(micro["cu_seq_lens_q"][1:-1].long() - 1)]
 
-    tolerance = 2e-2 if quantization == "int8" else 1e-4  # LLM.int8 rounds each row's activations by the largest of the whole batch
+    tolerance = (
+        2e-2 if quantization == "int8" else 1e-4
+    )  # LLM.int8 rounds each row's activations by the largest of the whole batch
     assert sums == pytest.approx(losses, rel=tolerance)
     expected, found = adapter_gradients(plain), adapter_gradients(fast)
     assert expected.keys() == found.keys()
@@ -171,7 +186,13 @@ def test_padded_prompts_are_answered_as_with_torch_s_own_attention():
     from nli.training.attention import register_packed_attention
 
     ids = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]])
-    values = {"input_ids": ids, "attention_mask": (ids != 0).long(), "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    values = {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).long(),
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
     plain, packed = tiny("none").eval(), tiny("none", register_packed_attention()).eval()
     assert torch.equal(plain.generate(**values), packed.generate(**values))
 
@@ -266,7 +287,15 @@ def test_a_packed_run_has_the_loss_curve_of_trl_s_padded_one(tmp_path):
     from nli.training.kernels import speed_up
     from nli.training.trainer import build_trainer_class
 
-    values = {"max_steps": 6, "learning_rate": 2e-3, "lr_scheduler_type": "constant", "bf16": False, "use_cpu": True, "logging_steps": 1, "report_to": "none"}
+    values = {
+        "max_steps": 6,
+        "learning_rate": 2e-3,
+        "lr_scheduler_type": "constant",
+        "bf16": False,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "report_to": "none",
+    }
     values |= {
         "save_strategy": "no",
         "dataset_kwargs": {"skip_prepare_dataset": True},
@@ -274,7 +303,9 @@ def test_a_packed_run_has_the_loss_curve_of_trl_s_padded_one(tmp_path):
         "per_device_train_batch_size": 8,
         "disable_tqdm": True,
     }
-    arguments = SFTConfig(output_dir=str(tmp_path), gradient_checkpointing=False, train_sampling_strategy="sequential", **values)
+    arguments = SFTConfig(
+        output_dir=str(tmp_path), gradient_checkpointing=False, train_sampling_strategy="sequential", **values
+    )
     rows, tokenizer = real_rows(48), load_tokenizer(TINY_BASE)
     batches = GlobalBatches(rows, 8, 0, 1, max_tokens=300, seed=5)
     assert min(len(batches[step]) for step in range(6)) >= 2
@@ -283,14 +314,27 @@ def test_a_packed_run_has_the_loss_curve_of_trl_s_padded_one(tmp_path):
     plain = SFTTrainer(model=tiny("nf4"), args=arguments, train_dataset=ordered, processing_class=tokenizer)
     packed_model = tiny("nf4", register_packed_attention())
     speed_up(packed_model)
-    packed = build_trainer_class()(model=packed_model, batches=batches, eval_batches=batches, args=arguments, train_dataset=ordered, processing_class=tokenizer)
+    packed = build_trainer_class()(
+        model=packed_model,
+        batches=batches,
+        eval_batches=batches,
+        args=arguments,
+        train_dataset=ordered,
+        processing_class=tokenizer,
+    )
     curves = []
     for trainer in (plain, packed):
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         trainer.train()
-        curves.append([(entry["loss"], entry["grad_norm"], entry["mean_token_accuracy"]) for entry in trainer.state.log_history if "loss" in entry])
+        curves.append(
+            [
+                (entry["loss"], entry["grad_norm"], entry["mean_token_accuracy"])
+                for entry in trainer.state.log_history
+                if "loss" in entry
+            ]
+        )
     assert len(curves[0]) == 6 and curves[0][-1][0] < 0.9 * curves[0][0][0]
     for one, other in zip(*curves, strict=True):
         assert one == pytest.approx(other, rel=1e-3)
@@ -307,14 +351,20 @@ def test_in_bf16_the_fused_gradients_are_as_near_as_bf16_allows():
     plain = tiny("nf4", dtype="bf16")
     for row in rows:
         with torch.autocast("cpu", torch.bfloat16):
-            loss = plain(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]]), use_cache=False).loss
+            loss = plain(
+                input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]]), use_cache=False
+            ).loss
         (loss * sum(label != -100 for label in row["labels"][1:])).backward()
     fast = tiny("nf4", register_packed_attention(), dtype="bf16")
     speed_up(fast)
     (micro,) = GlobalBatches(rows, 8, 0, 1, max_tokens=10_000)[0]
     labels = micro.pop("labels")[0, 1:]
-    torch.nn.functional.cross_entropy(fast(**micro, use_cache=False).logits[0, :-1].float(), labels, reduction="sum").backward()
-    one, other = (torch.cat([gradient.flatten() for gradient in adapter_gradients(model).values()]) for model in (plain, fast))
+    torch.nn.functional.cross_entropy(
+        fast(**micro, use_cache=False).logits[0, :-1].float(), labels, reduction="sum"
+    ).backward()
+    one, other = (
+        torch.cat([gradient.flatten() for gradient in adapter_gradients(model).values()]) for model in (plain, fast)
+    )
     assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.999
 
 

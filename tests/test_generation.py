@@ -40,15 +40,23 @@ def config(server, tmp_path):
     write_rows(tmp_path / "rows.csv", NUM_ROWS)
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret/key").write_text(KEY)
-    files = {"input_csv": str(tmp_path / "rows.csv"), "output_jsonl": str(tmp_path / "out/thoughts.jsonl"), "ledger_dir": str(tmp_path / "out/ledger")}
-    return GenerateThoughtsConfig(base_url=server.base_url, workers=2, api_key_file=str(tmp_path / "secret/key"), **files, **PRICE)
+    files = {
+        "input_csv": str(tmp_path / "rows.csv"),
+        "output_jsonl": str(tmp_path / "out/thoughts.jsonl"),
+        "ledger_dir": str(tmp_path / "out/ledger"),
+    }
+    return GenerateThoughtsConfig(
+        base_url=server.base_url, workers=2, api_key_file=str(tmp_path / "secret/key"), **files, **PRICE
+    )
 
 
 def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_finished_work_costs_no_call_whatever_becomes_of_parser_labels_and_outputs(server, config, tmp_path, monkeypatch):
+def test_finished_work_costs_no_call_whatever_becomes_of_parser_labels_and_outputs(
+    server, config, tmp_path, monkeypatch
+):
     output = thoughts.run(config)
     first, bill = output.read_bytes(), server.bill()
     assert [row["id"] for row in read_rows(output)] == [str(index) for index in range(NUM_ROWS)]
@@ -56,7 +64,9 @@ def test_finished_work_costs_no_call_whatever_becomes_of_parser_labels_and_outpu
     assert thoughts.run(config).read_bytes() == first
     copy = replace(config, output_jsonl=str(tmp_path / "out/again.jsonl"))
     assert thoughts.run(copy).read_bytes() == first
-    monkeypatch.setattr("nli.teacher.requests.parse_reply", lambda *_: Parsed(ParseStatus.BAD_LABEL, None, "a stricter parser"))
+    monkeypatch.setattr(
+        "nli.teacher.requests.parse_reply", lambda *_: Parsed(ParseStatus.BAD_LABEL, None, "a stricter parser")
+    )
     assert {row["parse_status"] for row in read_rows(thoughts.run(config))} == {"bad_label"}
     assert server.bill()["requests"] == bill["requests"]
 
@@ -65,7 +75,10 @@ def test_an_output_is_not_paid_again_because_its_ledger_is_elsewhere(server, con
     output = thoughts.run(config)
     first, bill = output.read_bytes(), server.bill()
     for _ in range(2):
-        with pytest.raises(ResumeError, match=rf"holds {NUM_ROWS} replies of which the ledger in .*elsewhere knows none, so all would be asked and paid again"):
+        with pytest.raises(
+            ResumeError,
+            match=rf"holds {NUM_ROWS} replies of which the ledger in .*elsewhere knows none, so all would be asked and paid again",
+        ):
             thoughts.run(replace(config, ledger_dir=str(tmp_path / "elsewhere")))
     assert (output.read_bytes(), server.bill()["requests"]) == (first, bill["requests"])
     assert thoughts.run(config).read_bytes() == first
@@ -78,7 +91,12 @@ def test_a_row_does_not_depend_on_time_attempts_or_workers(server, config, tmp_p
     first = thoughts.run(config).read_bytes()
     server.reset_bill()
     server.change(faults={"content_rate": 0.1, "rate": 0.3, "kinds": ["500", "reset_after", "429_bare"]})
-    other = replace(config, workers=1, output_jsonl=str(tmp_path / "other/thoughts.jsonl"), ledger_dir=str(tmp_path / "other/ledger"))
+    other = replace(
+        config,
+        workers=1,
+        output_jsonl=str(tmp_path / "other/thoughts.jsonl"),
+        ledger_dir=str(tmp_path / "other/ledger"),
+    )
     assert thoughts.run(other).read_bytes() == first
     bill = server.bill()
     reader = LedgerReader(tmp_path / "other/ledger")
@@ -104,7 +122,10 @@ def test_a_server_that_is_not_there_is_said_before_anything_is_sent(config):
     with pytest.raises(TeacherError, match=r"no connection to http://127.0.0.1:9 .*nothing was sent"):
         thoughts.run(replace(config, base_url="http://127.0.0.1:9"))
     thoughts.run(config)
-    with pytest.raises(ResumeError, match="server: 'http://127.0.0.1:.*/v1/chat/completions' -> 'http://127.0.0.1:9/v1/chat/completions'"):
+    with pytest.raises(
+        ResumeError,
+        match="server: 'http://127.0.0.1:.*/v1/chat/completions' -> 'http://127.0.0.1:9/v1/chat/completions'",
+    ):
         thoughts.run(replace(config, base_url="http://127.0.0.1:9"))
 
 
@@ -128,17 +149,31 @@ def test_the_key_is_in_no_file_log_or_answer_of_the_dashboard(server, config, tm
         thoughts.run(replace(config, output_jsonl=str(tmp_path / "out/refused.jsonl"), sample_index=1))
     shown = [*capfd.readouterr(), str(caught.value), repr(caught.value.__dict__)]
     here = {"address": ray.get_runtime_context().gcs_address}
-    listers = (state.list_actors, state.list_tasks, state.list_workers, state.list_jobs, state.list_runtime_envs, state.list_nodes)
+    listers = (
+        state.list_actors,
+        state.list_tasks,
+        state.list_workers,
+        state.list_jobs,
+        state.list_runtime_envs,
+        state.list_nodes,
+    )
     listings = [lister(detail=True, limit=1000, **here) for lister in listers]
     assert any("LedgerService" in str(listing) for listing in listings)
     shown += [str(listing) for listing in listings]
     session = Path(ray._private.worker.global_worker.node.get_session_dir_path())
-    places = [Path(folder) / name for place in (tmp_path / "out", session) for folder, _, names in os.walk(place) for name in names]
+    places = [
+        Path(folder) / name
+        for place in (tmp_path / "out", session)
+        for folder, _, names in os.walk(place)
+        for name in names
+    ]
     files = [path for path in places if path.is_file() and not path.is_socket()]
     assert len(files) > 20 and any(path.name == "ledger.sqlite" for path in files)
     assert [path for path in files if KEY.encode() in read_if_there(path)] == []
     assert [text for text in shown if KEY in text] == []
-    assert make_row(0)["premise"].encode() not in b"".join(read_if_there(path) for path in files if path.suffix == ".log")
+    assert make_row(0)["premise"].encode() not in b"".join(
+        read_if_there(path) for path in files if path.suffix == ".log"
+    )
 
 
 def read_if_there(path: Path) -> bytes:

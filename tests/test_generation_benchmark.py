@@ -9,7 +9,14 @@ from benchmarks.generation import render_tables
 from benchmarks.ray_run import MemorySampler
 from benchmarks.teacher_server import start_teacher_server
 
-MACHINE = {"at": "2026-11-25T14:00:00+00:00", "cpu": "2 x Some CPU", "python": "3.11.7", "aiohttp": "3.14.5", "mistralai": "3.7.0", "ray": "2.60.0"}
+MACHINE = {
+    "at": "2026-11-25T14:00:00+00:00",
+    "cpu": "2 x Some CPU",
+    "python": "3.11.7",
+    "aiohttp": "3.14.5",
+    "mistralai": "3.7.0",
+    "ray": "2.60.0",
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +38,12 @@ def test_every_way_makes_each_call_once_and_the_same_calls(server, run, tmp_path
 
 
 def test_the_tables_show_medians_ratios_and_what_was_asked():
-    rates = {"bare": [4000.0, 5000.0, 9000.0], "sdk": [100.0, 150.0, 200.0], "teacher": [2600.0, 2400.0, 2500.0], "ray": [2000.0, 1900.0, 1700.0]}
+    rates = {
+        "bare": [4000.0, 5000.0, 9000.0],
+        "sdk": [100.0, 150.0, 200.0],
+        "teacher": [2600.0, 2400.0, 2500.0],
+        "ray": [2000.0, 1900.0, 1700.0],
+    }
     speeds = [
         {"kind": "speed", "round": number + 1, "way": way, "calls": 500, "calls_per_second": rate} | MACHINE
         for way, values in rates.items()
@@ -39,7 +51,12 @@ def test_the_tables_show_medians_ratios_and_what_was_asked():
     ]
     peaks = {10_000: (200.0, 400.0), 200_000: (210.0, 460.0)}
     memory = [
-        {"kind": "memory", "rows": rows, "peak_megabytes": {role: {"pss": size, "rss": size + 50} for role, size in zip(roles, sizes, strict=True)}} | MACHINE
+        {
+            "kind": "memory",
+            "rows": rows,
+            "peak_megabytes": {role: {"pss": size, "rss": size + 50} for role, size in zip(roles, sizes, strict=True)},
+        }
+        | MACHINE
         for rows, values in peaks.items()
         for roles, sizes in [(("driver", "workers", "ledger", "limiter"), (*values, 90.0, 80.0))]
     ]

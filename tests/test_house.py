@@ -51,7 +51,9 @@ def top_names(names: set[str]) -> set[str]:
 
 
 def test_nothing_outside_the_sample_knows_of_it():
-    outside = [path for path in MODULES if "sample" not in path.relative_to(ROOT).parts] + sorted((ROOT / "configs").rglob("*.py"))
+    outside = [path for path in MODULES if "sample" not in path.relative_to(ROOT).parts] + sorted(
+        (ROOT / "configs").rglob("*.py")
+    )
     assert [name_of(path) for path in outside if "nli.sample" in path.read_text(encoding="utf-8")] == []
     assert [name_of(path) for path in outside if any(name.startswith("nli.sample") for name in imports(path))] == []
 

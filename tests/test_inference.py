@@ -79,7 +79,11 @@ def fake(monkeypatch, asked):
     """Put the fake engine in the place of the real ones, with other settings whenever it is called."""
 
     def choose(**settings) -> None:
-        monkeypatch.setattr(inference, "build_engine", functools.partial(build_fake_engine, FakeSettings(log=str(asked.path), **settings)))
+        monkeypatch.setattr(
+            inference,
+            "build_engine",
+            functools.partial(build_fake_engine, FakeSettings(log=str(asked.path), **settings)),
+        )
 
     choose()
     return choose
@@ -89,7 +93,9 @@ def fake(monkeypatch, asked):
 def config(tmp_path) -> InferenceConfig:
     """A run of 150 labelled rows by two workers that hold some 50 rows each."""
     write_pairs(tmp_path / "pairs.csv")
-    return InferenceConfig(model=TINY_BASE, data=str(tmp_path / "pairs.csv"), results_dir=str(tmp_path / "results"), **RUN)
+    return InferenceConfig(
+        model=TINY_BASE, data=str(tmp_path / "pairs.csv"), results_dir=str(tmp_path / "results"), **RUN
+    )
 
 
 @pytest.fixture(scope="class")
@@ -97,10 +103,14 @@ def finished_once(tmp_path_factory, ray_cluster) -> tuple[InferenceConfig, str]:
     """A run that is finished, made once for all tests that look at it or go on from it, and what it said."""
     folder = tmp_path_factory.mktemp("finished")
     write_pairs(folder / "pairs.csv")
-    config = InferenceConfig(model=TINY_BASE, data=str(folder / "pairs.csv"), results_dir=str(folder / "results"), **RUN)
+    config = InferenceConfig(
+        model=TINY_BASE, data=str(folder / "pairs.csv"), results_dir=str(folder / "results"), **RUN
+    )
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
-        patch.setattr(inference, "build_engine", functools.partial(build_fake_engine, FakeSettings(log=str(folder / "asked.txt"))))
+        patch.setattr(
+            inference, "build_engine", functools.partial(build_fake_engine, FakeSettings(log=str(folder / "asked.txt")))
+        )
         inference.run(config)
     return config, said.getvalue()
 
@@ -121,7 +131,14 @@ def write_pairs(path: Path, special: dict[int, str] | None = None, labelled: boo
         writer.writerow(["premise", "hypothesis", *(["label"] if labelled else []), *columns])
         for index in range(NUM_ROWS):
             premise = f"pair {index} {(special or {}).get(index, '')}".strip()
-            writer.writerow([premise, "so it is", *([len(premise) % 2] if labelled else []), *(values[index] for values in columns.values())])
+            writer.writerow(
+                [
+                    premise,
+                    "so it is",
+                    *([len(premise) % 2] if labelled else []),
+                    *(values[index] for values in columns.values()),
+                ]
+            )
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -143,20 +160,42 @@ class TestWithRay:
         assert asked.count().most_common(1)[0][1] == 1
         written = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         assert written["rows"] == rows
-        assert written["status"] == "finished" and written["counts"] == json.loads(path.with_name("run.manifest.json").read_text())["counts"]
+        assert (
+            written["status"] == "finished"
+            and written["counts"] == json.loads(path.with_name("run.manifest.json").read_text())["counts"]
+        )
         assert written["config"]["precision"] == "nf4" and written["identity"]["engine"] == "transformers"
-        assert (written["counts"]["rows"], written["counts"]["unparsed"], written["counts"]["accuracy"]) == (150, 0, 1.0)
+        assert (written["counts"]["rows"], written["counts"]["unparsed"], written["counts"]["accuracy"]) == (
+            150,
+            0,
+            1.0,
+        )
         assert written["metrics"]["macro_f1"] == 1.0 and written["metrics"]["parsed_accuracy"] == 1.0
         assert written["metrics"]["confusion"][0][0] + written["metrics"]["confusion"][1][1] == 150
         timing = written["timing"]
-        assert timing["rows_computed"] == 150 and 0 < timing["row_seconds"] < timing["seconds"] and timing["rows_per_second"] > 0
+        assert (
+            timing["rows_computed"] == 150
+            and 0 < timing["row_seconds"] < timing["seconds"]
+            and timing["rows_per_second"] > 0
+        )
         assert {engine["engine"] for engine in timing["engines"]} == {"fake 1.0"}
-        assert {(row["engine"], row["precision"], row["label_forced"], row["votes"]) for row in rows} == {("transformers", "nf4", False, None)}
+        assert {(row["engine"], row["precision"], row["label_forced"], row["votes"]) for row in rows} == {
+            ("transformers", "nf4", False, None)
+        }
         assert {row["label_probability"] for row in rows} == {0.25, 0.75}
         with open(path.with_suffix(".csv"), encoding="utf-8", newline="") as file:
             table = list(csv.DictReader(file))
         assert list(table[0]) == [
-            *("id", "premise", "hypothesis", "true_label", "predicted_label", "label_probability", "thought_process", "raw_text"),
+            *(
+                "id",
+                "premise",
+                "hypothesis",
+                "true_label",
+                "predicted_label",
+                "label_probability",
+                "thought_process",
+                "raw_text",
+            ),
             *("parse_status", "num_prompt_tokens", "num_completion_tokens"),
         ]
         assert [row["thought_process"] for row in table] == [f"base: pair {index}" for index in range(150)]
@@ -172,7 +211,9 @@ class TestWithRay:
         again = json.loads(finished.with_suffix(".json").read_text())
         assert again["timing"] == again["attempts"][0]["timing"] == timing and again["counts"]["rows_computed"] == 0
         source = Path(config.data)
-        source.write_text(source.read_text().replace("pair 3,so it is,0", "pair 3,so it is,1").replace("pair 4,", "another 4,"))
+        source.write_text(
+            source.read_text().replace("pair 3,so it is,0", "pair 3,so it is,1").replace("pair 4,", "another 4,")
+        )
         rows = check_complete(inference.run(config))
         assert (rows[3]["true_label"], rows[4]["thought_process"]) == (1, "base: another 4")
         assert len(asked.lines()) == 151
@@ -199,28 +240,45 @@ class TestWithRay:
                 inference.run(replace(config, **change))
         assert path.read_bytes() == before
 
-    def test_a_row_that_breaks_anything_becomes_a_failed_row_that_the_next_run_asks_again(self, config, fake, asked, capsys):
+    def test_a_row_that_breaks_anything_becomes_a_failed_row_that_the_next_run_asks_again(
+        self, config, fake, asked, capsys
+    ):
         write_pairs(Path(config.data), special={7: "raise", 9: "half", 147: "kill", 149: "dead"})
         fake(seconds=0.002)
         rows = check_complete(inference.run(replace(config, num_workers=1)))
         failed = {row["id"]: row["problem"] for row in rows if row["parse_status"] != "ok"}
         assert set(failed) == {"7", "9", "147", "149"}
-        assert failed["147"].endswith("with no other: its process ended without a word") and failed["149"].endswith("the device is gone")
+        assert failed["147"].endswith("with no other: its process ended without a word") and failed["149"].endswith(
+            "the device is gone"
+        )
         assert failed["7"] == "ValueError: no such token" and failed["9"].endswith("surrogates not allowed")
         assert {name.split()[1] for name in asked.count()} == {str(index) for index in range(NUM_ROWS)} - set(failed)
         assert "4 of 150 unparsed (4 failed; the same command asks them again)" in capsys.readouterr().out
         fake(is_healthy=True)
         assert {row["parse_status"] for row in check_complete(inference.run(replace(config, num_workers=1)))} == {"ok"}
         assert "146 answered already, 4 to do" in capsys.readouterr().out
-        assert [asked.count()[name] for name in ("pair 7 raise", "pair 9 half", "pair 147 kill", "pair 149 dead")] == [1, 1, 1, 1]
+        assert [asked.count()[name] for name in ("pair 7 raise", "pair 9 half", "pair 147 kill", "pair 149 dead")] == [
+            1,
+            1,
+            1,
+            1,
+        ]
 
     def test_an_engine_that_dies_while_it_loads_is_one_clear_error(self, config, fake, asked):
         fake(dies_when_loading=True)
-        with pytest.raises(ModelError, match=r"The engine transformers cannot work: 3 starts in a row ended before a row was finished.* Its log: /.*\.err on "):
+        with pytest.raises(
+            ModelError,
+            match=r"The engine transformers cannot work: 3 starts in a row ended before a row was finished.* Its log: /.*\.err on ",
+        ):
             inference.run(replace(config, num_workers=1))
         with contextlib.ExitStack() as stack:  # nothing was made that way, so another way is free to take the name
             base, models = describe_models(config)
-            assert open_results(replace(config, compute_dtype="fp32"), stack, Path(config.data), "transformers", base, models[0]).name == "run"
+            assert (
+                open_results(
+                    replace(config, compute_dtype="fp32"), stack, Path(config.data), "transformers", base, models[0]
+                ).name
+                == "run"
+            )
 
     def test_a_worker_that_gets_no_engine_leaves_all_rows_to_the_others(self, config, fake, asked, tmp_path):
         fake(seconds=0.02, refused=str(tmp_path / "refused"))
@@ -263,7 +321,11 @@ class TestWithRay:
 
         def kill() -> None:
             asked.wait(40)
-            found = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] and process.info["cmdline"][0].startswith("ray::Desk")]
+            found = [
+                process
+                for process in psutil.process_iter(["cmdline"])
+                if process.info["cmdline"] and process.info["cmdline"][0].startswith("ray::Desk")
+            ]
             for desk in found:
                 desk.kill()
             killed.extend(found)
@@ -297,9 +359,16 @@ class TestWithRay:
             assert json.loads(path.with_name(f"run-{name}.json").read_text())["timing"]["rows_computed"] == NUM_ROWS
         assert len(asked.processes()) == 1
         both_answers = tuple(str(path.with_name(f"run-{name}.jsonl")) for name in ("one", "two"))
-        evaluated = evaluate(EvaluatePredictionsConfig(predictions=both_answers, output_dir=str(tmp_path / "evaluation"), bootstrap_draws=100))
+        evaluated = evaluate(
+            EvaluatePredictionsConfig(
+                predictions=both_answers, output_dir=str(tmp_path / "evaluation"), bootstrap_draws=100
+            )
+        )
         report = json.loads(evaluated.with_name("evaluation.json").read_text())
-        assert [(run["run"], run["n"], run["accuracy"]) for run in report["runs"]] == [("run-one", NUM_ROWS, 1.0), ("run-two", NUM_ROWS, 1.0)]
+        assert [(run["run"], run["n"], run["accuracy"]) for run in report["runs"]] == [
+            ("run-one", NUM_ROWS, 1.0),
+            ("run-two", NUM_ROWS, 1.0),
+        ]
         path.with_name("run-two.answers.sqlite").unlink()
         path.with_name("run-two.jsonl").unlink()
         path.with_name("run-two.manifest.json").unlink()
@@ -308,8 +377,13 @@ class TestWithRay:
             again = [open_results(both, stack, Path(config.data), "transformers", base, model) for model in models]
             assert [each.store.count() for each in again] == [NUM_ROWS, 0]
         inference.run(both)
-        engines = [json.loads(path.with_name(f"run-{name}.json").read_text())["timing"]["engines"] for name in ("one", "two")]
-        assert [[engine["num_adapters"] for engine in each] for each in engines] == [[2], [1]]  # no adapter is loaded for nothing
+        engines = [
+            json.loads(path.with_name(f"run-{name}.json").read_text())["timing"]["engines"] for name in ("one", "two")
+        ]
+        assert [[engine["num_adapters"] for engine in each] for each in engines] == [
+            [2],
+            [1],
+        ]  # no adapter is loaded for nothing
         path.with_name("run-two.answers.sqlite").unlink()
         path.with_name("run-two.jsonl").unlink()
         path.with_name("run-two.manifest.json").unlink()
@@ -317,23 +391,36 @@ class TestWithRay:
         with pytest.raises(ModelError, match="3 starts in a row ended"):
             inference.run(both)
         manifests = [json.loads(path.with_name(f"run-{name}.manifest.json").read_text()) for name in ("one", "two")]
-        assert [(manifest["status"], len(manifest["attempts"])) for manifest in manifests] == [("finished", 4), ("running", 1)]  # one of them was only opened
+        assert [(manifest["status"], len(manifest["attempts"])) for manifest in manifests] == [
+            ("finished", 4),
+            ("running", 1),
+        ]  # one of them was only opened
 
-    def test_results_of_one_pass_can_be_named_each_by_itself_also_those_of_a_base_called_as_its_adapter(self, config, fake, asked, tmp_path):
+    def test_results_of_one_pass_can_be_named_each_by_itself_also_those_of_a_base_called_as_its_adapter(
+        self, config, fake, asked, tmp_path
+    ):
         base, adapter = tmp_path / "bases/one", tmp_path / "one"
         shutil.copytree(TINY_BASE, base)
         make_adapter(adapter)
-        named = replace(config, model=str(base), adapters=(str(adapter),), run_name="", run_names=("base", "tuned"), num_workers=1)
+        named = replace(
+            config, model=str(base), adapters=(str(adapter),), run_name="", run_names=("base", "tuned"), num_workers=1
+        )
         path = inference.run(named)
         thoughts = [check_complete(path.with_name(f"{name}.jsonl"))[3]["thought_process"] for name in ("base", "tuned")]
         assert path.name == "base.jsonl" and thoughts == ["base: pair 3", "one: pair 3"]
         assert len(asked.processes()) == 1
-        inference.run(replace(config, model=str(adapter), base_model=str(base), run_name="tuned", num_workers=1))  # alone, the same run
+        inference.run(
+            replace(config, model=str(adapter), base_model=str(base), run_name="tuned", num_workers=1)
+        )  # alone, the same run
         assert set(asked.count().values()) == {2}
 
-    def test_samples_of_unlabelled_pairs_have_seeds_of_their_own_vote_and_are_as_long_as_a_column_says(self, config, fake, asked):
+    def test_samples_of_unlabelled_pairs_have_seeds_of_their_own_vote_and_are_as_long_as_a_column_says(
+        self, config, fake, asked
+    ):
         write_pairs(Path(config.data), labelled=False, tokens=[index + 1 for index in range(NUM_ROWS)])
-        path = inference.run(replace(config, num_workers=1, num_samples=5, temperature=0.7, completion_length_column="tokens"))
+        path = inference.run(
+            replace(config, num_workers=1, num_samples=5, temperature=0.7, completion_length_column="tokens")
+        )
         rows = check_complete(path)
         assert set(asked.count().values()) == {5}
         assert all(sum(row["votes"]) == 5 and row["predicted_label"] == (row["votes"][1] > 2) for row in rows)
@@ -347,16 +434,26 @@ class TestWithRay:
 
         fake(seconds=0.1)
         settings = {name: getattr(config, name) for name in ("model", "data", "results_dir", *RUN)}
-        command = [sys.executable, "-m", "tests.inference_driver", json.dumps(settings), json.dumps({"log": str(asked.path), "seconds": 0.1})]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.inference_driver",
+            json.dumps(settings),
+            json.dumps({"log": str(asked.path), "seconds": 0.1}),
+        ]
         environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-        driver = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        driver = subprocess.Popen(
+            command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         asked.wait(30)
         os.kill(driver.pid, signal.SIGKILL)
         driver.wait()
         check_complete(inference.run(config))
         counts = asked.count()
         assert len(counts) == NUM_ROWS and max(counts.values()) <= 2
-        assert sum(count - 1 for count in counts.values()) <= 2 * (2 * 8 + 4)  # two engines of eight rows, not stored yet, and again until Ray notices
+        assert sum(count - 1 for count in counts.values()) <= 2 * (
+            2 * 8 + 4
+        )  # two engines of eight rows, not stored yet, and again until Ray notices
 
 
 def make_adapter(folder: Path) -> None:
@@ -367,21 +464,42 @@ def make_adapter(folder: Path) -> None:
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": TINY_BASE, "r": 4}))
     part = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
-    save_file({f"{part}A.weight": np.full((4, 192), len(folder.name), np.float32), f"{part}B.weight": np.ones((192, 4), np.float32)}, folder / WEIGHTS)
+    save_file(
+        {
+            f"{part}A.weight": np.full((4, 192), len(folder.name), np.float32),
+            f"{part}B.weight": np.ones((192, 4), np.float32),
+        },
+        folder / WEIGHTS,
+    )
     write_card(folder, TINY_BASE, "nf4", "fp32", 128)
 
 
 CONFLICTS = {
     "samples that are all the same": ({"num_samples": 3}, "num_samples over 1 needs temperature above 0"),
-    "no thought, but samples": ({"no_cot": True, "num_samples": 2, "temperature": 0.5}, "no_cot lets nothing be written"),
+    "no thought, but samples": (
+        {"no_cot": True, "num_samples": 2, "temperature": 0.5},
+        "no_cot lets nothing be written",
+    ),
     "no thought, but a forced label": ({"no_cot": True, "force_label": True}, "no_cot lets nothing be written"),
-    "fp8 without vllm": ({"precision": "fp8", "engine": "transformers"}, "precision fp8 is not for engine transformers"),
+    "fp8 without vllm": (
+        {"precision": "fp8", "engine": "transformers"},
+        "precision fp8 is not for engine transformers",
+    ),
     "fp32 with vllm": ({"precision": "fp32", "engine": "vllm"}, "precision fp32 is not for engine vllm"),
-    "a KV cache in fp8 without vllm": ({"kv_cache_dtype": "fp8", "engine": "transformers"}, "kv_cache_dtype fp8 is not for engine transformers"),
+    "a KV cache in fp8 without vllm": (
+        {"kv_cache_dtype": "fp8", "engine": "transformers"},
+        "kv_cache_dtype fp8 is not for engine transformers",
+    ),
     "no model": ({"model": ""}, "model or one of the adapters is empty"),
     "no adapter": ({"adapters": ("models/a", "")}, "model or one of the adapters is empty"),
-    "names for other models": ({"run_names": ("a", "b")}, "run_names takes the place of run_name, with a name of its own for each of the 1 models"),
-    "one name twice": ({"run_name": "", "adapters": ("b",), "run_names": ("a", "a")}, "with a name of its own for each of the 2 models"),
+    "names for other models": (
+        {"run_names": ("a", "b")},
+        "run_names takes the place of run_name, with a name of its own for each of the 1 models",
+    ),
+    "one name twice": (
+        {"run_name": "", "adapters": ("b",), "run_names": ("a", "a")},
+        "with a name of its own for each of the 2 models",
+    ),
     "a list of names with a folder": ({"run_name": "", "run_names": ("a/b",)}, "run_name 'a/b' is no file name"),
     "an empty name in a list": ({"run_name": "", "run_names": ("",)}, "run_name '' is no file name"),
     "a name with a folder": ({"run_name": "a/b"}, "run_name 'a/b' is no file name; name the folder by results_dir"),
@@ -390,7 +508,10 @@ CONFLICTS = {
     "an endless temperature": ({"temperature": float("inf")}, "temperature is endless"),
     "one GPU for two workers": ({"gpu": 0, "num_workers": 2}, "gpu picks one GPU of this machine, for one worker"),
     "a GPU for a run without": ({"gpu": 0, "use_gpu": False}, "gpu picks one GPU of this machine"),
-    "fewer workers at most than at least": ({"num_workers": 4, "max_workers": 2}, "max_workers 2 is below num_workers 4"),
+    "fewer workers at most than at least": (
+        {"num_workers": 4, "max_workers": 2},
+        "max_workers 2 is below num_workers 4",
+    ),
 }
 
 
@@ -402,7 +523,9 @@ def test_settings_that_conflict_are_refused(values, message):
 
 def test_lengths_that_are_no_numbers_are_named_with_their_lines(config):
     write_pairs(Path(config.data), tokens=[*["5"] * (NUM_ROWS - 2), "many", "0"])
-    with pytest.raises(DataError, match=r"pairs.csv:150: tokens 'many' is no whole number from 1\n.*pairs.csv:151: tokens '0'"):
+    with pytest.raises(
+        DataError, match=r"pairs.csv:150: tokens 'many' is no whole number from 1\n.*pairs.csv:151: tokens '0'"
+    ):
         inference.run(replace(config, completion_length_column="tokens"))
     with pytest.raises(DataError, match=r"pairs.csv:1: no column tokns; .* Did you mean tokens\?"):
         inference.run(replace(config, completion_length_column="tokns"))
@@ -412,7 +535,9 @@ def test_models_of_several_bases_or_of_one_name_are_refused(config, tmp_path):
     for name in ("a/one", "b/one", "other"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         make_adapter(tmp_path / name)
-    (tmp_path / "other/nli.json").write_text(json.dumps({"base_model": "elsewhere", "base_fingerprint": "sampled:0", "prompt_sha256": "0"}))
+    (tmp_path / "other/nli.json").write_text(
+        json.dumps({"base_model": "elsewhere", "base_fingerprint": "sampled:0", "prompt_sha256": "0"})
+    )
     with pytest.raises(ModelError, match=r"trained on elsewhere"):
         inference.run(replace(config, adapters=(str(tmp_path / "other"),)))
     with pytest.raises(ModelError, match="a model of its own, not an adapter"):
@@ -443,7 +568,10 @@ def test_a_refused_model_leaves_the_finished_results_of_the_others_as_they_were(
     (tmp_path / "other/again").rename(tmp_path / "two")
     unnamed = replace(both, run_name="")
     with contextlib.ExitStack() as stack:
-        cures = [open_results(unnamed, stack, Path(config.data), "transformers", base, model).cure for model in describe_models(unnamed)[1]]
+        cures = [
+            open_results(unnamed, stack, Path(config.data), "transformers", base, model).cure
+            for model in describe_models(unnamed)[1]
+        ]
     assert cures == ["--run-names, with the names of these files, asks them again"] * 2
     with pytest.raises(ResumeError, match="made another way .run-two.manifest.json.:\n  adapter: "):
         inference.run(both)
@@ -460,7 +588,10 @@ def test_an_adapter_of_unknown_training_that_names_another_base_is_told_of(confi
     named = tmp_path / "one/adapter_config.json"
     named.write_text(named.read_text().replace(TINY_BASE, "mistralai/Mistral-7B-Instruct-v0.3"))
     describe_models(foreign)
-    assert f"one names mistralai/Mistral-7B-Instruct-v0.3 as its base and is asked on {TINY_BASE}" in capsys.readouterr().out
+    assert (
+        f"one names mistralai/Mistral-7B-Instruct-v0.3 as its base and is asked on {TINY_BASE}"
+        in capsys.readouterr().out
+    )
 
 
 def test_what_ends_a_run_is_told_though_the_manifest_cannot_be_written_any_more(config, monkeypatch):
@@ -510,7 +641,9 @@ def test_a_run_without_a_name_goes_on_with_an_interrupted_one_of_the_same_kind(c
         again = open_run(stack)
         assert (again.name, again.store.count()) == (first.name, 1)
         assert again.cure == f"--run-name {first.name} asks them again"
-        assert find_interrupted(Path(config.results_dir), again.record.manifest["identity"], source) is None  # it is at work
+        assert (
+            find_interrupted(Path(config.results_dir), again.record.manifest["identity"], source) is None
+        )  # it is at work
         with pytest.raises(ResumeError, match=f"process {os.getpid()} on .* is at work on {first.name}"):
             open_run(stack, replace(config, run_name=first.name))
         assert open_run(stack, replace(config, max_new_tokens=7)).name == "new"
@@ -542,7 +675,9 @@ def test_rows_of_another_file_are_refused_for_the_same_name(config, tmp_path):
             open_results(config, stack, other, "transformers", base, model)
 
 
-@pytest.mark.parametrize("template", ["[INST] P: {premise} H: {hypothesis}[/INST] ", "P: {premise} [INST] H: {hypothesis}"])
+@pytest.mark.parametrize(
+    "template", ["[INST] P: {premise} H: {hypothesis}[/INST] ", "P: {premise} [INST] H: {hypothesis}"]
+)
 def test_a_prompt_template_that_cannot_be_encoded_is_named(config, tmp_path, template):
     file = tmp_path / "template.txt"
     file.write_text(template)
@@ -553,7 +688,9 @@ def test_a_prompt_template_that_cannot_be_encoded_is_named(config, tmp_path, tem
 def test_a_base_below_the_storage_root_is_found_like_a_model(config, tmp_path):
     shutil.copytree(TINY_BASE, tmp_path / "root" / "models" / "base")
     make_adapter(tmp_path / "adapter")
-    base, _ = describe_models(replace(config, model=str(tmp_path / "adapter"), base_model="models/base", storage_root=str(tmp_path / "root")))
+    base, _ = describe_models(
+        replace(config, model=str(tmp_path / "adapter"), base_model="models/base", storage_root=str(tmp_path / "root"))
+    )
     assert base == str(tmp_path / "root" / "models" / "base")
 
 
@@ -657,7 +794,9 @@ def test_rows_are_stored_though_an_engine_cannot_tell_its_figures():
     student, stored = object.__new__(Student), []
     student._worker, student._num_running, student._figures, student._figures_at = "worker", 1, {}, 0.0
     student._engine = SimpleNamespace(description="fake 1.0", figures=lambda: 1 / 0)
-    student._desk = SimpleNamespace(put=SimpleNamespace(remote=lambda worker, rows, figures: asyncio.sleep(0, stored.extend(rows))))
+    student._desk = SimpleNamespace(
+        put=SimpleNamespace(remote=lambda worker, rows, figures: asyncio.sleep(0, stored.extend(rows)))
+    )
     assert asyncio.run(student._put([("row",)])) == [None] and stored == [("row",)]
 
 

@@ -16,9 +16,32 @@ from benchmarks.inference_workload import count_steps, draw_lengths, read_worklo
 from benchmarks.product import pick_lines
 from nli.engines.interface import Request
 
-BARE = {"arm": "bare-vllm", "precision": "bf16", "rows": 1977, "wall_seconds": 110.0, "load_seconds": 70.0, "rows_seconds": 20.0, "rows_per_second": 98.85}
-JOB = {"arm": "job", "precision": "bf16", "rows": 1977, "wall_seconds": 101.5, "load_seconds": 68.0, "rows_seconds": 21.0, "rows_per_second": 94.14}
-ORIGINAL = {"arm": "original", "precision": "nf4", "rows": 512, "rows_seconds": 512.0, "rows_per_second": 1.0, "extrapolated_from_batches": 1}
+BARE = {
+    "arm": "bare-vllm",
+    "precision": "bf16",
+    "rows": 1977,
+    "wall_seconds": 110.0,
+    "load_seconds": 70.0,
+    "rows_seconds": 20.0,
+    "rows_per_second": 98.85,
+}
+JOB = {
+    "arm": "job",
+    "precision": "bf16",
+    "rows": 1977,
+    "wall_seconds": 101.5,
+    "load_seconds": 68.0,
+    "rows_seconds": 21.0,
+    "rows_per_second": 94.14,
+}
+ORIGINAL = {
+    "arm": "original",
+    "precision": "nf4",
+    "rows": 512,
+    "rows_seconds": 512.0,
+    "rows_per_second": 1.0,
+    "extrapolated_from_batches": 1,
+}
 FAILED = {"arm": "job", "precision": "fp8", "failed_with": 124, "wall_seconds": 330.0, "end": "…"}
 
 
@@ -71,7 +94,12 @@ def test_the_table_says_what_failed_and_what_was_extrapolated():
 
 @pytest.mark.parametrize(
     ("left", "right", "expected"),
-    [([1, 2, 3], [1, 2, 3], None), ([1, 2, 3], [1, 5, 3], Divergence(1, (2, 5))), ([1, 2], [1, 2, 9], Divergence(2, (None, 9))), ([], [], None)],
+    [
+        ([1, 2, 3], [1, 2, 3], None),
+        ([1, 2, 3], [1, 5, 3], Divergence(1, (2, 5))),
+        ([1, 2], [1, 2, 9], Divergence(2, (None, 9))),
+        ([], [], None),
+    ],
 )
 def test_the_first_place_where_two_answers_part_is_found(left, right, expected):
     assert find_divergence(left, right) == expected
@@ -86,7 +114,12 @@ def test_agreement_counts_labels_and_texts_and_refuses_other_rows():
 
 
 def test_engines_are_compared_at_the_same_precision_and_with_themselves():
-    vllm, plain, small, exact = specs = ["vllm:bf16", "transformers:bf16", "transformers:bf16:7:reversed", "transformers:fp32"]
+    vllm, plain, small, exact = specs = [
+        "vllm:bf16",
+        "transformers:bf16",
+        "transformers:bf16:7:reversed",
+        "transformers:fp32",
+    ]
     assert pair_up(specs) == [(vllm, plain), (vllm, small), (plain, small)]
     assert pair_up([exact, plain]) == [(exact, plain)]
 
@@ -94,7 +127,11 @@ def test_engines_are_compared_at_the_same_precision_and_with_themselves():
 def test_rows_keep_their_ids_in_any_order(tmp_path):
     (tmp_path / "pairs.csv").write_text('premise,hypothesis,label\nA ran.,B ran.,0\n"C, D",E,1\n', encoding="utf-8")
     ordered = write_ordered(tmp_path / "pairs.csv", tmp_path)
-    assert ordered[""].read_text(encoding="utf-8").splitlines() == ["id,premise,hypothesis,label", "0,A ran.,B ran.,0", '1,"C, D",E,1']
+    assert ordered[""].read_text(encoding="utf-8").splitlines() == [
+        "id,premise,hypothesis,label",
+        "0,A ran.,B ran.,0",
+        '1,"C, D",E,1',
+    ]
     assert ordered["reversed"].read_text(encoding="utf-8").splitlines()[1:] == ['1,"C, D",E,1', "0,A ran.,B ran.,0"]
 
 
@@ -103,7 +140,9 @@ def test_an_arm_that_fails_or_takes_too_long_is_a_result_and_the_next_one_runs(t
 
     monkeypatch.delenv("OUT", raising=False)
     board = Board(tmp_path, budget_seconds=60, gpu=False)
-    slow = board.run_process("slow", [sys.executable, "-c", "import time; print('began', flush=True); time.sleep(60)"], 5.5)
+    slow = board.run_process(
+        "slow", [sys.executable, "-c", "import time; print('began', flush=True); time.sleep(60)"], 5.5
+    )
     assert (slow["exit_status"], slow["output"]) == (124, "began\n")
     quick = board.run_process("quick", [sys.executable, "-c", "import os; print(os.environ['VLLM_CACHE_ROOT'])"], 30)
     assert quick["exit_status"] == 0
@@ -116,7 +155,9 @@ def test_an_arm_that_fails_or_takes_too_long_is_a_result_and_the_next_one_runs(t
 
 def test_a_jobs_figures_come_from_its_timing_and_rows(tmp_path):
     answers = '[{"parse_status": "ok", "num_completion_tokens": 7, "num_prompt_tokens": 3}, {"parse_status": "request_failed", "num_completion_tokens": null}]'
-    (tmp_path / "a.json").write_text('{"config": {"batch_size": 3}, "timing": {"load_seconds": 4.5, "row_seconds": 2.0}, "rows": ' + answers + "}")
+    (tmp_path / "a.json").write_text(
+        '{"config": {"batch_size": 3}, "timing": {"load_seconds": 4.5, "row_seconds": 2.0}, "rows": ' + answers + "}"
+    )
     found = read_job([tmp_path / "a.json"])
     assert (found["rows"], found["failed"], found["output_tokens"], found["prompt_tokens"]) == (2, 1, 7, 3)
     assert (found["load_seconds"], found["rows_seconds"], found["peak_memory_gb"]) == (4.5, 2.0, None)
@@ -125,7 +166,12 @@ def test_a_jobs_figures_come_from_its_timing_and_rows(tmp_path):
 def test_key_lines_of_a_job_are_its_stages_own_once_each_without_rays_names():
     output = "2026-11-25 INFO worker.py:1 -- Connecting\nsft: 40 steps\n\x1b[36m(RayTrainWorker pid=3)\x1b[0m sft a: goes on from checkpoint-2\n"
     output += "inference:  40%|██ | 2/5\ninference: tiny: 0 of 400 unparsed\n  12.0 rows/s\nsft: 40 steps\n"
-    assert pick_lines(output) == ["sft: 40 steps", "sft a: goes on from checkpoint-2", "inference: tiny: 0 of 400 unparsed", "  12.0 rows/s"]
+    assert pick_lines(output) == [
+        "sft: 40 steps",
+        "sft a: goes on from checkpoint-2",
+        "inference: tiny: 0 of 400 unparsed",
+        "  12.0 rows/s",
+    ]
 
 
 def test_engines_that_keep_time_answer_after_as_many_steps_as_a_row_has_tokens_and_a_perfect_queue_is_known():

@@ -20,7 +20,12 @@ from tests.test_inference import NUM_ROWS, Asked, check_complete, write_pairs
 
 pytestmark = [pytest.mark.fault, pytest.mark.own_cluster, pytest.mark.usefixtures("no_ray")]
 AT_ONCE = 4
-QUICK_TO_NOTICE = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_timeout_ms": 10_000, "health_check_failure_threshold": 3}
+QUICK_TO_NOTICE = {
+    "health_check_initial_delay_ms": 500,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 10_000,
+    "health_check_failure_threshold": 3,
+}
 
 
 @pytest.fixture
@@ -78,7 +83,9 @@ def wait_for_workers(asked: Asked, number: int) -> None:
         asked.wait(len(asked.lines()) + 1)
 
 
-def test_a_machine_that_is_lost_for_good_costs_the_rows_in_its_worker_s_hands_which_another_takes(cluster, config, fake, asked):
+def test_a_machine_that_is_lost_for_good_costs_the_rows_in_its_worker_s_hands_which_another_takes(
+    cluster, config, fake, asked
+):
     fake(seconds=0.2)
     add(cluster)
     lost = add(cluster)
@@ -90,7 +97,9 @@ def test_a_machine_that_is_lost_for_good_costs_the_rows_in_its_worker_s_hands_wh
     rows = run_while(config, lose)
     assert {row["parse_status"] for row in rows} == {"ok"}
     counts = asked.count()
-    assert len(counts) == NUM_ROWS and sum(counts.values()) - NUM_ROWS <= 2 * AT_ONCE  # what the lost engine had answered and was not stored yet
+    assert (
+        len(counts) == NUM_ROWS and sum(counts.values()) - NUM_ROWS <= 2 * AT_ONCE
+    )  # what the lost engine had answered and was not stored yet
     assert len(asked.processes()) == 2  # no third engine was loaded for a few rows
     timing = json.loads((Path(config.results_dir) / "run.json").read_text())["timing"]
     assert (timing["worker_deaths"], timing["rows_computed"]) == (1, NUM_ROWS)

@@ -59,13 +59,25 @@ def test_every_direct_dependency_is_pinned_for_the_cpu():
 
 def test_what_was_measured_on_a_gpu_is_pinned():
     pinned = constraints("constraints-gpu.txt")
-    measured = {"torch": "2.11.0", "ray": RAY, "transformers": "5.23.0", "trl": "1.16.0", "peft": "0.21.2", "bitsandbytes": "0.50.2", "vllm": "0.26.0"}
+    measured = {
+        "torch": "2.11.0",
+        "ray": RAY,
+        "transformers": "5.23.0",
+        "trl": "1.16.0",
+        "peft": "0.21.2",
+        "bitsandbytes": "0.50.2",
+        "vllm": "0.26.0",
+    }
     assert measured.items() <= pinned.items()
 
 
 def test_all_packages_and_templates_are_packaged():
     setuptools = tomllib.loads(read("pyproject.toml"))["tool"]["setuptools"]
-    found = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for folder in ("nli", "ray_jobs") for path in (ROOT / folder).rglob("*.py")}
+    found = {
+        path.parent.relative_to(ROOT).as_posix().replace("/", ".")
+        for folder in ("nli", "ray_jobs")
+        for path in (ROOT / folder).rglob("*.py")
+    }
     assert set(setuptools["packages"]) == found
     assert {f"nli.{path.parts[-3]}" for path in (ROOT / "nli").rglob("*.j2")} <= set(setuptools["package-data"])
 
@@ -108,13 +120,21 @@ def test_the_cluster_s_authentication_is_explicit_and_its_token_travels_as_a_fil
     cluster = load("cluster.yaml")
     assert "--env RAY_AUTH_MODE=token" in cluster["docker"]["run_options"]
     assert cluster["file_mounts"]["/home/ray/.ray/auth_token"] == "~/.ray/auth_token"
-    assert all("--dashboard-host=127.0.0.1" in command for command in cluster["head_start_ray_commands"] if "ray start" in command)
+    assert all(
+        "--dashboard-host=127.0.0.1" in command
+        for command in cluster["head_start_ray_commands"]
+        if "ray start" in command
+    )
 
 
 def test_outputs_of_the_cluster_lie_on_a_folder_that_every_node_mounts():
     cluster = load("cluster.yaml")
     options = cluster["docker"]["run_options"]
-    assert {"--volume /mnt/nli:/mnt/nli", "--env NLI_STORAGE_ROOT=/mnt/nli", "--env HF_HOME=/mnt/nli/huggingface"} <= set(options)
+    assert {
+        "--volume /mnt/nli:/mnt/nli",
+        "--env NLI_STORAGE_ROOT=/mnt/nli",
+        "--env HF_HOME=/mnt/nli/huggingface",
+    } <= set(options)
     assert any("sudo mount" in command and "/mnt/nli" in command for command in cluster["initialization_commands"])
 
 
@@ -126,7 +146,9 @@ def test_keys_reach_the_nodes_from_dot_env_on_head_and_workers_alike():
         assert start.startswith("set -a; . ~/nli.env; set +a; ")
 
 
-@pytest.mark.parametrize("name", ["cluster.yaml", "runtime_env.yaml", "kuberay/rayjob.yaml", "Dockerfile", "example.env", "Makefile"])
+@pytest.mark.parametrize(
+    "name", ["cluster.yaml", "runtime_env.yaml", "kuberay/rayjob.yaml", "Dockerfile", "example.env", "Makefile"]
+)
 def test_no_file_holds_a_secret(name):
     lines = [line for line in read(name).splitlines() if SECRET.search(line)]
     assert lines == []
@@ -177,7 +199,13 @@ def test_a_job_s_folder_holds_code_configs_and_sample_and_nothing_else(tmp_path)
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         (project / name).write_text("x")
     (project / ".gitignore").write_text(read(".gitignore"))
-    create_package(str(project), tmp_path / "job.zip", include_gitignore=True, excludes=load("runtime_env.yaml")["excludes"], logger=logging.getLogger("quiet"))
+    create_package(
+        str(project),
+        tmp_path / "job.zip",
+        include_gitignore=True,
+        excludes=load("runtime_env.yaml")["excludes"],
+        logger=logging.getLogger("quiet"),
+    )
     with zipfile.ZipFile(tmp_path / "job.zip") as package:
         assert sorted(name for name in package.namelist() if not name.endswith("/")) == sorted([*travels, ".gitignore"])
 
@@ -187,22 +215,53 @@ def test_the_kubernetes_job_has_the_fields_that_kuberay_knows():
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     spec = job["spec"]
     assert set(spec) <= {
-        *("entrypoint", "entrypointNumCpus", "entrypointNumGpus", "entrypointResources", "runtimeEnvYAML", "submissionMode", "submitterConfig", "metadata"),
-        *("shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "activeDeadlineSeconds", "backoffLimit", "suspend", "clusterSelector", "rayClusterSpec"),
+        *(
+            "entrypoint",
+            "entrypointNumCpus",
+            "entrypointNumGpus",
+            "entrypointResources",
+            "runtimeEnvYAML",
+            "submissionMode",
+            "submitterConfig",
+            "metadata",
+        ),
+        *(
+            "shutdownAfterJobFinishes",
+            "ttlSecondsAfterFinished",
+            "activeDeadlineSeconds",
+            "backoffLimit",
+            "suspend",
+            "clusterSelector",
+            "rayClusterSpec",
+        ),
     }
     assert spec["submissionMode"] in ("K8sJobMode", "HTTPMode", "SidecarMode")
     assert spec["shutdownAfterJobFinishes"] is True
     assert "entrypointNumGpus" not in spec
     cluster = spec["rayClusterSpec"]
-    assert set(cluster) <= {"rayVersion", "enableInTreeAutoscaling", "autoscalerOptions", "authOptions", "headGroupSpec", "workerGroupSpecs"}
-    assert (cluster["rayVersion"], cluster["enableInTreeAutoscaling"], cluster["authOptions"]) == (RAY, True, {"mode": "token"})
+    assert set(cluster) <= {
+        "rayVersion",
+        "enableInTreeAutoscaling",
+        "autoscalerOptions",
+        "authOptions",
+        "headGroupSpec",
+        "workerGroupSpecs",
+    }
+    assert (cluster["rayVersion"], cluster["enableInTreeAutoscaling"], cluster["authOptions"]) == (
+        RAY,
+        True,
+        {"mode": "token"},
+    )
     for group in cluster["workerGroupSpecs"]:
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
 
 
 def test_every_pod_of_the_kubernetes_job_has_storage_keys_and_no_root():
     cluster = load("kuberay/rayjob.yaml")["spec"]["rayClusterSpec"]
-    pods = [cluster["headGroupSpec"]["template"]["spec"], *(group["template"]["spec"] for group in cluster["workerGroupSpecs"])]
+    pods = [
+        cluster["headGroupSpec"]["template"]["spec"],
+        *(group["template"]["spec"] for group in cluster["workerGroupSpecs"]),
+    ]
     for pod in pods:
         (container,) = pod["containers"]
         assert {"name": "NLI_STORAGE_ROOT", "value": "/mnt/nli"} in container["env"]
@@ -246,7 +305,11 @@ def test_the_image_is_built_on_ray_s_own_of_the_pinned_version_for_gpu_and_cpu()
     assert instructions[1] == ("FROM", "${BASE}")
     assert f"BASE=rayproject/ray:{RAY}-py312-cpu --build-arg VARIANT=cpu" in read("Dockerfile")
     install = next(arguments for name, arguments in instructions if name == "RUN" and "pip install" in arguments)
-    for part in ("constraints=constraints-gpu.txt index=cu130", "constraints=constraints.txt index=cpu", "grep '^torch==' \"$constraints\""):
+    for part in (
+        "constraints=constraints-gpu.txt index=cu130",
+        "constraints=constraints.txt index=cpu",
+        "grep '^torch==' \"$constraints\"",
+    ):
         assert part in install
 
 
@@ -270,7 +333,9 @@ def test_the_image_copies_only_what_the_context_holds():
 
 
 def test_make_has_the_targets_that_people_and_ci_call():
-    shown = subprocess.run(["make", "-n", "demo", "test", "test-faults", "lint"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        ["make", "-n", "demo", "test", "test-faults", "lint"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     for part in (
         "-m nli.sample.server --port 8377 -- ",
         "-m ray_jobs.pipeline --config configs/demo/pipeline.py --base-url http://127.0.0.1:8377",
@@ -281,4 +346,7 @@ def test_make_has_the_targets_that_people_and_ci_call():
         assert part in shown
     ci = ROOT / ".ci" / "run"
     assert ci.stat().st_mode & 0o111
-    assert [line for line in ci.read_text().splitlines() if line.startswith("make")] == ["make test", "make test-faults"]
+    assert [line for line in ci.read_text().splitlines() if line.startswith("make")] == [
+        "make test",
+        "make test-faults",
+    ]

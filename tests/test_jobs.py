@@ -41,18 +41,62 @@ class Head:
         self.address, self.agent = f"http://127.0.0.1:{dashboard}", ("127.0.0.1", agent)
         # A job's `python` is the one on the head's path.
         path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-        self.environment = os.environ | {"PATH": path, "RAY_AUTH_MODE": "disabled", "MISTRAL_API_KEY": "test-key-of-no-account"}
+        self.environment = os.environ | {
+            "PATH": path,
+            "RAY_AUTH_MODE": "disabled",
+            "MISTRAL_API_KEY": "test-key-of-no-account",
+        }
         self.log = (folder / "head.log").open("wb")
         command = [
-            *(BIN / "ray", "start", "--head", "--block", "--num-cpus=4", "--disable-usage-stats", "--node-ip-address=127.0.0.1", f"--port={gcs}"),
-            *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", f"--temp-dir={folder / 'ray'}"),
+            *(
+                BIN / "ray",
+                "start",
+                "--head",
+                "--block",
+                "--num-cpus=4",
+                "--disable-usage-stats",
+                "--node-ip-address=127.0.0.1",
+                f"--port={gcs}",
+            ),
+            *(
+                "--dashboard-host=127.0.0.1",
+                f"--dashboard-port={dashboard}",
+                f"--ray-client-server-port={client}",
+                f"--temp-dir={folder / 'ray'}",
+            ),
             *(f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"),
         ]
-        self.process = subprocess.Popen(list(map(str, command)), env=self.environment, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True)
+        self.process = subprocess.Popen(
+            list(map(str, command)),
+            env=self.environment,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
     def submit(self, *job: str, timeout: float) -> subprocess.CompletedProcess:
-        command = [BIN / "ray", "job", "submit", "--address", self.address, "--runtime-env", "runtime_env.yaml", "--", "python", "-m", *job]
-        return subprocess.run(list(map(str, command)), cwd=REPOSITORY, env=self.environment, capture_output=True, text=True, timeout=timeout, check=False)
+        command = [
+            BIN / "ray",
+            "job",
+            "submit",
+            "--address",
+            self.address,
+            "--runtime-env",
+            "runtime_env.yaml",
+            "--",
+            "python",
+            "-m",
+            *job,
+        ]
+        return subprocess.run(
+            list(map(str, command)),
+            cwd=REPOSITORY,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
 
     def wait_until_ready(self) -> None:
         from ray.job_submission import JobSubmissionClient
@@ -61,7 +105,9 @@ class Head:
         while True:
             try:
                 JobSubmissionClient(self.address).list_jobs()
-                socket.create_connection(self.agent, timeout=10).close()  # without it, a job is refused after ten seconds
+                socket.create_connection(
+                    self.agent, timeout=10
+                ).close()  # without it, a job is refused after ten seconds
                 return
             except (OSError, RuntimeError):
                 assert self.process.poll() is None and time.monotonic() < deadline, Path(self.log.name).read_text()
@@ -101,7 +147,9 @@ def read_table(text: str) -> list[list[str]]:
     return rows
 
 
-def test_a_submitted_pipeline_gives_the_table_of_a_local_one_below_an_absolute_storage_root(head, teacher_url, tmp_path):
+def test_a_submitted_pipeline_gives_the_table_of_a_local_one_below_an_absolute_storage_root(
+    head, teacher_url, tmp_path
+):
     """The README's cluster commands: a relative output is refused, an absolute one holds the results, and the same files come of a run without a cluster."""
     small = ["--config", "configs/demo/small.py", "--base-url", teacher_url]
     refused = head.submit("ray_jobs.pipeline", *small, timeout=400)

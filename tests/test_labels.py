@@ -57,7 +57,14 @@ def test_the_place_is_that_of_the_digit_that_the_parser_reads(tokenizer, form, l
 
 
 @pytest.mark.parametrize(
-    "text", ["", "no", '{"thought_process": "a", "predicted_label": 2}', '{"thought_process": "a", "predicted_label": tr', '"predicted_label": 1']
+    "text",
+    [
+        "",
+        "no",
+        '{"thought_process": "a", "predicted_label": 2}',
+        '{"thought_process": "a", "predicted_label": tr',
+        '"predicted_label": 1',
+    ],
 )
 def test_a_text_without_a_label_has_no_place(tokenizer, text):
     assert find_label(tokenizer, completion_ids(tokenizer, text), text) is None
@@ -72,7 +79,10 @@ def test_bytes_that_are_no_character_do_not_lead_the_search_astray(tokenizer):
     for count in (1, 3, 40):
         ids = [*whole[: middle + 1], *[byte] * count, *whole[middle + 1 :]]
         place = find_label(tokenizer, ids, read_completion(tokenizer, ids))
-        assert (ids[place.index], place.tokens) == (label_pairs(tokenizer)[ids[place.index]][1], label_pairs(tokenizer)[ids[place.index]])
+        assert (ids[place.index], place.tokens) == (
+            label_pairs(tokenizer)[ids[place.index]][1],
+            label_pairs(tokenizer)[ids[place.index]],
+        )
 
 
 @pytest.mark.parametrize("thought", ["", "Dogs run. 1 + 0 = 1.", 'He said "no", \\ and\n\tleft', "犬が走った。 👍🏽"])
@@ -92,7 +102,10 @@ def test_every_thought_can_be_given_a_label_and_is_read_back(tokenizer, thought)
     assert ids[: len(prompt_ids)] == prompt_ids and not set(tokenizer.all_special_ids) & set(ids[len(prompt_ids) :])
     assert tokens in label_pairs(tokenizer).values()
     for label in (0, 1):
-        assert parse_answer(render_completion(kept, label)).fields == {"thought_process": thought, "predicted_label": label}
+        assert parse_answer(render_completion(kept, label)).fields == {
+            "thought_process": thought,
+            "predicted_label": label,
+        }
 
 
 def test_a_thought_is_cut_where_the_model_has_no_more_positions(tokenizer):

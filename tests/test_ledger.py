@@ -149,7 +149,11 @@ def test_a_send_that_is_not_the_next_one_or_not_of_the_claimer_is_lost(bench):
 
 
 def test_what_is_said_of_an_unknown_request_spoils_nothing_in_the_same_commit(bench):
-    nothing = [("done", b"unknown", 1, b"reply", 1, 1, 1), ("fail", b"unknown", 1, "x", "x", True), ("lose", b"unknown", 1, "x", "x", True)]
+    nothing = [
+        ("done", b"unknown", 1, b"reply", 1, 1, 1),
+        ("fail", b"unknown", 1, "x", "x", True),
+        ("lose", b"unknown", 1, "x", "x", True),
+    ]
     answers = bench.ledger.commit([("a", [*nothing, ("claim", KEY, RUN, "retry", None)])])
     assert answers == [[OK, OK, OK, ("go", 0)]]
 
@@ -346,7 +350,10 @@ def test_a_parent_has_one_repair_however_its_first_reply_is_read(bench):
     bench.send("a")
     bench.done("a")
     bench.claim("a", key=REPAIR, parent=KEY)
-    assert bench.claim("b", key=OTHER_REPAIR, parent=KEY) == ("go", 0)  # the first one has no reply: the link follows the newer reading
+    assert bench.claim("b", key=OTHER_REPAIR, parent=KEY) == (
+        "go",
+        0,
+    )  # the first one has no reply: the link follows the newer reading
     assert bench.row()["repair"] == OTHER_REPAIR
     bench.send("b", key=OTHER_REPAIR)
     bench.done("b", key=OTHER_REPAIR, reply=b"better")
@@ -451,7 +458,18 @@ def test_whatever_workers_do_the_sums_are_those_of_the_requests_and_the_budget_h
         if chance.random() < 0.02:
             bench.ledger.begin_run(RUN, 900)
         key = bytes([chance.randrange(6)])
-        n = chance.choice([1, 2, 3, (next((row["sends"] for row in bench.reader.list_rows() if row["key"] == key), 0) + chance.choice([0, 0, 1])) or 1])
+        n = chance.choice(
+            [
+                1,
+                2,
+                3,
+                (
+                    next((row["sends"] for row in bench.reader.list_rows() if row["key"] == key), 0)
+                    + chance.choice([0, 0, 1])
+                )
+                or 1,
+            ]
+        )
         operation = chance.choice(
             [
                 ("claim", key, chance.choice([RUN, OTHER_RUN]), chance.choice(["retry", "hold"]), None),
@@ -488,7 +506,9 @@ def test_whatever_workers_do_the_sums_are_those_of_the_requests_and_the_budget_h
 
 def test_a_commit_is_flushed_to_the_disk_itself(bench):
     assert bench.ledger._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    assert bench.ledger._db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL: the log is flushed with each commit
+    assert bench.ledger._db.execute("PRAGMA synchronous").fetchone() == (
+        2,
+    )  # FULL: the log is flushed with each commit
 
 
 def test_a_commit_that_the_disk_refuses_is_a_storage_error_with_nothing_applied_and_the_ledger_goes_on(bench):
@@ -496,7 +516,10 @@ def test_a_commit_that_the_disk_refuses_is_a_storage_error_with_nothing_applied_
     before = bench.row(), bench.totals()
     pages = bench.ledger._db.execute("PRAGMA page_count").fetchone()[0]
     bench.ledger._db.execute(f"PRAGMA max_page_count={pages}")  # a full disk
-    with pytest.raises(StorageError, match=r"ledger\.sqlite: cannot be written \(database or disk is full\)\. Free space .* what was stored before is kept"):
+    with pytest.raises(
+        StorageError,
+        match=r"ledger\.sqlite: cannot be written \(database or disk is full\)\. Free space .* what was stored before is kept",
+    ):
         bench.ledger.commit([("a", [("send", KEY, 1, 100), ("done", KEY, 1, b"x" * 10_000_000, 1, 1, 1)])])
     assert (bench.row(), bench.totals()) == before
     with pytest.raises(StorageError):
@@ -552,7 +575,10 @@ def test_a_ledger_of_another_version_is_refused_and_left_as_it_is(tmp_path):
         db.execute("ALTER TABLE requests DROP COLUMN is_unsure")
         db.execute("ALTER TABLE owners ADD COLUMN node TEXT")
     for opens in (Ledger, LedgerReader):
-        with pytest.raises(StorageError, match=r"a ledger of another version .* \(they differ in owners.node, requests.is_unsure\)\. Use that"):
+        with pytest.raises(
+            StorageError,
+            match=r"a ledger of another version .* \(they differ in owners.node, requests.is_unsure\)\. Use that",
+        ):
             opens(tmp_path)
 
 
@@ -567,7 +593,10 @@ def test_a_ledger_that_another_machine_has_open_is_refused_and_one_it_left_is_ta
     monkeypatch.setattr("nli.api.ledger_file._this_host", lambda: "elsewhere 1234")
     there = Ledger(tmp_path)
     monkeypatch.setattr("nli.api.ledger_file._this_host", lambda: "here 5678")
-    with pytest.raises(StorageError, match=r"the ledger is in use on elsewhere; run the job on that machine's cluster, or give another --ledger-dir\."):
+    with pytest.raises(
+        StorageError,
+        match=r"the ledger is in use on elsewhere; run the job on that machine's cluster, or give another --ledger-dir\.",
+    ):
         Ledger(tmp_path)
     with pytest.raises(StorageError, match="the ledger is in use on elsewhere"):
         LedgerReader(tmp_path)
@@ -600,7 +629,14 @@ for process in processes:
     process.join()
 sys.exit(any(process.exitcode for process in processes))
 """
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-500:]
 
 
@@ -619,7 +655,13 @@ for index in range(300):
 print(sent)
 """
     workers = [
-        subprocess.Popen([sys.executable, "-c", script, str(tmp_path), name], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path), name],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for name in "ab"
     ]
     results = [worker.communicate(timeout=300) for worker in workers]
@@ -644,12 +686,17 @@ for index in range(10**6):
     print("done", index, flush=True)
 """
     for _ in range(3):
-        worker = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+        worker = subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+        )
         lines = [worker.stdout.readline() for _ in range(40)]
         time.sleep(random.uniform(0, 0.05))
         os.kill(worker.pid, signal.SIGKILL)
         lines += worker.communicate()[0].splitlines()
-        said = {kind: {int(line.split()[1]) for line in lines if line.startswith(kind) and len(line.split()) == 2} for kind in ("sent", "done")}
+        said = {
+            kind: {int(line.split()[1]) for line in lines if line.startswith(kind) and len(line.split()) == 2}
+            for kind in ("sent", "done")
+        }
         ledger = Ledger(tmp_path)
         reader = LedgerReader(tmp_path)
         states = {int.from_bytes(row["key"], "big"): row["state"] for row in reader.list_rows()}
@@ -660,7 +707,9 @@ for index in range(10**6):
         assert ledger._db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         reader.close()
         ledger.close()
-        (tmp_path / "ledger.sqlite").unlink()  # the next round starts anew; the files beside it went with the last one to close it
+        (
+            tmp_path / "ledger.sqlite"
+        ).unlink()  # the next round starts anew; the files beside it went with the last one to close it
 
 
 # --- keys ---
@@ -668,10 +717,16 @@ for index in range(10**6):
 
 def test_a_key_depends_on_its_parts_and_on_nothing_else():
     body = encode_body({"model": "m", "messages": [{"role": "user", "content": "犬 \u2028"}], "temperature": 0.0})
-    assert encode_body({"temperature": 0.0, "messages": [{"content": "犬 \u2028", "role": "user"}], "model": "m"}) == body
+    assert (
+        encode_body({"temperature": 0.0, "messages": [{"content": "犬 \u2028", "role": "user"}], "model": "m"}) == body
+    )
     key = request_key("http://a/v1/chat/completions", body, 0)
     assert key == bytes.fromhex("338151143973e087a3278dba21f4e98a")  # the same in every process, on every machine
-    others = [request_key("http://b/v1/chat/completions", body), request_key("http://a/v1/chat/completions", body, 1), request_key("http://a", body + b" ")]
+    others = [
+        request_key("http://b/v1/chat/completions", body),
+        request_key("http://a/v1/chat/completions", body, 1),
+        request_key("http://a", body + b" "),
+    ]
     assert len({key, *others}) == 4
 
 

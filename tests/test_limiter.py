@@ -116,7 +116,9 @@ def test_calls_in_flight_are_bounded_and_one_that_ends_makes_room(clock):
     assert len(first) == 2
     assert limiter.num_in_flight == 2
     assert limiter.sync("b", [1], []).numbers == []
-    assert len(limiter.sync("b", [1], [ok(number) for number in first[:1]]).numbers) == 0  # another worker's number is not b's to end
+    assert (
+        len(limiter.sync("b", [1], [ok(number) for number in first[:1]]).numbers) == 0
+    )  # another worker's number is not b's to end
     limiter.sync("a", [], [ok(first[0])])
     assert len(limiter.sync("b", [1], []).numbers) == 1
 
@@ -197,7 +199,13 @@ def test_failures_in_a_row_open_the_breaker_single_calls_try_it_and_one_good_rep
 @pytest.mark.parametrize("ending", ["limited", "refused", "ok"])
 def test_an_answer_of_any_kind_ends_a_row_of_failures(clock, ending):
     limiter = limiter_of(clock)
-    limiter.sync("a", [], [Ended(0, 0, "failed")] * (BREAKER_FAILURES - 1) + [Ended(0, 0, ending)] + [Ended(0, 0, "failed")] * (BREAKER_FAILURES - 1))
+    limiter.sync(
+        "a",
+        [],
+        [Ended(0, 0, "failed")] * (BREAKER_FAILURES - 1)
+        + [Ended(0, 0, ending)]
+        + [Ended(0, 0, "failed")] * (BREAKER_FAILURES - 1),
+    )
     assert limiter.sync("a", [], []).failing_seconds == 0
 
 
@@ -325,12 +333,25 @@ class Account:
         self.limiter = AccountLimiter(self.limits, self.clock, hold_off_seconds=3.0)
 
 
-async def ask_for(seconds, limits, seed=0, restarts=(), lost=0.0, num_workers=8, tasks=16, latency=(0.3, 3.0), tokens=(200, 600), stalls=()):
+async def ask_for(
+    seconds,
+    limits,
+    seed=0,
+    restarts=(),
+    lost=0.0,
+    num_workers=8,
+    tasks=16,
+    latency=(0.3, 3.0),
+    tokens=(200, 600),
+    stalls=(),
+):
     """Let workers ask for so long; returns the server and the clients. `stalls`: moments at which the ledger answers nobody for five seconds."""
     chance = random.Random(seed)
     loop, server = asyncio.get_running_loop(), Server()
     start, account = loop.time(), Account(limits, chance, lost)
-    clients = [LimiterClient(account.sync, f"worker-{index}", limits, num_workers, loop.time) for index in range(num_workers)]
+    clients = [
+        LimiterClient(account.sync, f"worker-{index}", limits, num_workers, loop.time) for index in range(num_workers)
+    ]
     lives = [asyncio.create_task(account.restart(*restart)) for restart in restarts]
 
     async def one_by_one(client):
@@ -338,7 +359,8 @@ async def ask_for(seconds, limits, seed=0, restarts=(), lost=0.0, num_workers=8,
             used = chance.randint(*tokens)
             number = await client.acquire(2 * used)
             await asyncio.sleep(
-                chance.uniform(0.005, 0.05) + max([0.0, *(at + 5 - (loop.time() - start) for at in stalls if 0 <= loop.time() - start - at < 5)])
+                chance.uniform(0.005, 0.05)
+                + max([0.0, *(at + 5 - (loop.time() - start) for at in stalls if 0 <= loop.time() - start - at < 5)])
             )
             number = await client.renew(number, 2 * used)
             await asyncio.sleep(chance.uniform(0.0, 0.1))
@@ -380,7 +402,12 @@ def test_no_sixty_seconds_hold_more_tokens_than_the_limit_whether_counted_at_the
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     "limits",
-    [{"requests_per_minute": 10}, {"requests_per_minute": 1200}, {"tokens_per_minute": 50_000}, {"requests_per_minute": 120, "tokens_per_minute": 40_000}],
+    [
+        {"requests_per_minute": 10},
+        {"requests_per_minute": 1200},
+        {"tokens_per_minute": 50_000},
+        {"requests_per_minute": 120, "tokens_per_minute": 40_000},
+    ],
     ids=["10 requests", "1200 requests", "50k tokens", "both"],
 )
 def test_nor_do_they_when_the_limiter_dies_and_comes_back(limits, seed):
@@ -409,7 +436,9 @@ def test_calls_in_flight_stay_below_their_limit_through_restarts_and_their_place
 
 def test_answers_that_get_lost_hold_no_place_for_ever():
     server, _ = simulate(ask_for(300, Limits(max_in_flight=8), lost=0.05, num_workers=2, latency=(0.5, 0.5)))
-    assert server.most_in_flight <= 8 + 2 * 2  # a worker that hears nothing goes on with its share, a quarter, while the others have the whole
+    assert (
+        server.most_in_flight <= 8 + 2 * 2
+    )  # a worker that hears nothing goes on with its share, a quarter, while the others have the whole
     late = [at for at, _ in server.arrivals if at > 1000 + 250]
     assert len(late) > 50
 

@@ -8,11 +8,15 @@ import pytest
 from nli.training import memory
 from nli.training.memory import GIB, Shape, Workload, activation_bytes, choose, estimate
 
-MISTRAL_7B = Shape(hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, head_dim=128, vocabulary=32768, tied=False)
+MISTRAL_7B = Shape(
+    hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, head_dim=128, vocabulary=32768, tied=False
+)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def workload(rank: int = 32, targets: tuple[str, ...] = ATTENTION, dropout: bool = True, quantization: str = "nf4") -> Workload:
+def workload(
+    rank: int = 32, targets: tuple[str, ...] = ATTENTION, dropout: bool = True, quantization: str = "nf4"
+) -> Workload:
     return Workload(MISTRAL_7B, quantization, MISTRAL_7B.adapter_parameters(rank, targets), dropout)
 
 
@@ -30,8 +34,13 @@ OTHERS = {
 
 def test_the_two_coefficients_are_those_that_the_two_fitted_settings_give():
     (one, tokens_one, again_one, peak_one), (two, tokens_two, again_two, peak_two) = FITTED_ON.values()
-    left_one, left_two = (peak * GIB - estimate(w, 0).base - estimate(w, 0).adapters for w, peak in ((one, peak_one), (two, peak_two)))
-    counted_one, counted_two = activation_bytes(one, tokens_one, again_one), activation_bytes(two, tokens_two, again_two)
+    left_one, left_two = (
+        peak * GIB - estimate(w, 0).base - estimate(w, 0).adapters for w, peak in ((one, peak_one), (two, peak_two))
+    )
+    counted_one, counted_two = (
+        activation_bytes(one, tokens_one, again_one),
+        activation_bytes(two, tokens_two, again_two),
+    )
     factor = (left_one - left_two) / (counted_one - counted_two)
     assert pytest.approx(factor, rel=0.001) == memory.ACTIVATION_FACTOR
     assert pytest.approx((left_two - factor * counted_two) / GIB, abs=0.01) == memory.CONSTANT_BYTES / GIB
@@ -65,7 +74,15 @@ def test_what_the_config_says_is_kept():
 def test_sizes_are_read_from_a_model_s_config():
     from transformers import MistralConfig
 
-    config = MistralConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=99)
+    config = MistralConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=99,
+    )
     shape = Shape.of(config)
     assert shape == Shape(64, 128, 2, 4, 2, 16, 99, False)
     assert shape.adapter_parameters(8, ("q_proj", "v_proj")) == 2 * 8 * (64 + 64 + 64 + 32)

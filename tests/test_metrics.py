@@ -24,7 +24,9 @@ from nli.evaluation.metrics import (
 
 def from_counts(*cells: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Labels from (truth, predicted, count)."""
-    return np.repeat([cell[0] for cell in cells], [cell[2] for cell in cells]), np.repeat([cell[1] for cell in cells], [cell[2] for cell in cells])
+    return np.repeat([cell[0] for cell in cells], [cell[2] for cell in cells]), np.repeat(
+        [cell[1] for cell in cells], [cell[2] for cell in cells]
+    )
 
 
 def score(truth, predicted, draws=1000) -> dict:
@@ -33,19 +35,20 @@ def score(truth, predicted, draws=1000) -> dict:
 
 @pytest.mark.parametrize(
     ("true_positive", "false_positive", "false_negative", "true_negative", "accuracy", "precision", "recall", "f1"),
-    [
-        (916, 101, 105, 855, 0.8958017, 0.89566, 0.89576, 0.89570),
-        (984, 877, 37, 79, 0.5377, 0.6049, 0.5232, 0.4151),
-    ],
+    [(916, 101, 105, 855, 0.8958017, 0.89566, 0.89576, 0.89570), (984, 877, 37, 79, 0.5377, 0.6049, 0.5232, 0.4151)],
 )
 def test_the_published_macro_figures_follow_from_their_confusion_counts(
     true_positive, false_positive, false_negative, true_negative, accuracy, precision, recall, f1
 ):
-    scores = score(*from_counts((1, 1, true_positive), (0, 1, false_positive), (1, 0, false_negative), (0, 0, true_negative)))
+    scores = score(
+        *from_counts((1, 1, true_positive), (0, 1, false_positive), (1, 0, false_negative), (0, 0, true_negative))
+    )
     assert scores["labelled"] == 1977
     assert scores["accuracy"] == pytest.approx(accuracy, abs=5e-5 if accuracy < 0.6 else 5e-8)
     digits = 5e-5 if accuracy < 0.6 else 5e-6
-    assert [scores["macro_precision"], scores["macro_recall"], scores["macro_f1"]] == pytest.approx([precision, recall, f1], abs=digits)
+    assert [scores["macro_precision"], scores["macro_recall"], scores["macro_f1"]] == pytest.approx(
+        [precision, recall, f1], abs=digits
+    )
     assert scores["confusion"] == [[true_positive, false_negative, 0], [false_positive, true_negative, 0]]
 
 
@@ -68,7 +71,12 @@ def test_an_unparsed_row_is_wrong_lowers_recall_and_is_no_prediction():
 
 def test_answers_that_are_all_unparsed_score_zero_and_have_no_parsed_accuracy():
     scores = score([1, 0], [UNPARSED, UNPARSED])
-    assert (scores["accuracy"], scores["macro_f1"], scores["positive_f1"], scores["parsed_accuracy"]) == (0.0, 0.0, 0.0, None)
+    assert (scores["accuracy"], scores["macro_f1"], scores["positive_f1"], scores["parsed_accuracy"]) == (
+        0.0,
+        0.0,
+        0.0,
+        None,
+    )
 
 
 def test_rows_of_one_class_have_an_accuracy_but_no_macro_mean():
@@ -117,7 +125,18 @@ def test_a_paired_comparison_counts_the_rows_that_one_run_alone_has_right():
     run = np.array([1, 1, 1, 1, 1, 1, 1, 0, 0, UNPARSED])
     other = np.array([1, 0, 0, 0, UNPARSED, 0, 0, 1, 0, 0])
     compared = compare_answers(truth, run, other, 0.95, 1000, seed=1)
-    counts = [compared[name] for name in ("n", "both_right", "only_run_right", "only_other_right", "neither_right", "unparsed_run", "unparsed_other")]
+    counts = [
+        compared[name]
+        for name in (
+            "n",
+            "both_right",
+            "only_run_right",
+            "only_other_right",
+            "neither_right",
+            "unparsed_run",
+            "unparsed_other",
+        )
+    ]
     assert counts == [10, 1, 6, 1, 2, 1, 1]
     assert compared["difference"] == 0.5
     assert compared["p_value"] == pytest.approx(16 / 128)  # 2 × P(at most 1 of 7) = 2 × (1 + 7) / 2**7
@@ -157,7 +176,9 @@ def test_the_smallest_detectable_difference_solves_connors_formula():
 def test_the_exact_test_finds_the_smallest_detectable_difference_about_four_times_in_five(n, discordance):
     difference = smallest_detectable_difference(n, discordance, 0.05)
     share = max(discordance, difference)
-    tables = np.random.default_rng(0).multinomial(n, [(share + difference) / 2, (share - difference) / 2, 1 - share], size=600)
+    tables = np.random.default_rng(0).multinomial(
+        n, [(share + difference) / 2, (share - difference) / 2, 1 - share], size=600
+    )
     found = np.mean([binomtest(int(run), int(run + other)).pvalue < 0.05 for run, other, _ in tables if run + other])
     assert 0.70 < found < 0.86
 
@@ -178,14 +199,25 @@ def test_equal_values_share_a_quartile():
 
 
 def test_quartiles_name_the_range_that_they_span():
-    assert name_quartiles([3, 4, None, 9, 12], "words", "none") == [("Q1", "3 words"), ("Q2", "4 words"), ("none", ""), ("Q3", "9 words"), ("Q4", "12 words")]
+    assert name_quartiles([3, 4, None, 9, 12], "words", "none") == [
+        ("Q1", "3 words"),
+        ("Q2", "4 words"),
+        ("none", ""),
+        ("Q3", "9 words"),
+        ("Q4", "12 words"),
+    ]
     assert name_quartiles([5, 5, 5], "%") == [("Q1", "5 %")] * 3
     assert name_quartiles([None], "words", "none") == [("none", "")]
 
 
 @pytest.mark.parametrize(
     ("premise", "hypothesis", "share"),
-    [("Two dogs ran.", "Dogs ran!", 1.0), ("Two dogs ran.", "Animals ran.", 0.5), ("Two dogs ran.", "...", 0.0), ("", "Ran.", 0.0)],
+    [
+        ("Two dogs ran.", "Dogs ran!", 1.0),
+        ("Two dogs ran.", "Animals ran.", 0.5),
+        ("Two dogs ran.", "...", 0.0),
+        ("", "Ran.", 0.0),
+    ],
 )
 def test_word_overlap_is_the_share_of_the_hypothesis_words_that_the_premise_has(premise, hypothesis, share):
     assert share_words(premise, hypothesis) == share

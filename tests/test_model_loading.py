@@ -34,7 +34,9 @@ def make_adapter(folder: Path, config) -> "torch.nn.Module":
 def lora(**values):
     from peft import LoraConfig
 
-    return LoraConfig(**({"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | values))
+    return LoraConfig(
+        **({"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | values)
+    )
 
 
 def change_config(folder: Path, file: str = "config.json", **values) -> str:
@@ -68,12 +70,18 @@ def test_every_kind_of_lora_answers_as_plain_peft_does_alone_and_beside_others(t
         for kind, values in KINDS.items():
             expected[kind] = make_adapter(tmp_path / kind, lora(**values))(input_ids=IDS).logits
             check_shapes(tmp_path / kind, TINY_BASE)
-            assert torch.equal(load_with_adapters(TINY_BASE, [str(tmp_path / kind)], "fp32", "fp32", "cpu")[0](input_ids=IDS).logits, expected[kind])
+            assert torch.equal(
+                load_with_adapters(TINY_BASE, [str(tmp_path / kind)], "fp32", "fp32", "cpu")[0](input_ids=IDS).logits,
+                expected[kind],
+            )
         together, names = load_with_adapters(TINY_BASE, [str(tmp_path / kind) for kind in kept], "fp32", "fp32", "cpu")
         for kind in kept:
             together.set_adapter(names[str(tmp_path / kind)])
             assert torch.equal(together(input_ids=IDS).logits, expected[kind])
-    with pytest.raises(ModelError, match="new tokens: the adapter cannot be put on this base beside the others; give it in a run of its own"):
+    with pytest.raises(
+        ModelError,
+        match="new tokens: the adapter cannot be put on this base beside the others; give it in a run of its own",
+    ):
         load_adapter(together, str(tmp_path / "new tokens"), "more")
 
 
@@ -99,9 +107,18 @@ def test_weights_that_the_adapters_config_has_no_place_for_are_refused(tmp_path)
 
 def test_a_base_whose_weights_do_not_fill_it_is_refused(tmp_path):
     lacking = {
-        "head": (change_base(tmp_path / "head", lambda name: name != "lm_head.weight"), r"for 1 of its parts, such as lm_head\.weight"),
-        "layer": (change_base(tmp_path / "layer", lambda name: "layers.3" not in name), r"for 9 of its parts, such as model\.layers\.3"),
-        "size": (change_base(tmp_path / "size", intermediate_size=512), r"for 12 of its parts, such as model\.layers\.0\.mlp"),
+        "head": (
+            change_base(tmp_path / "head", lambda name: name != "lm_head.weight"),
+            r"for 1 of its parts, such as lm_head\.weight",
+        ),
+        "layer": (
+            change_base(tmp_path / "layer", lambda name: "layers.3" not in name),
+            r"for 9 of its parts, such as model\.layers\.3",
+        ),
+        "size": (
+            change_base(tmp_path / "size", intermediate_size=512),
+            r"for 12 of its parts, such as model\.layers\.0\.mlp",
+        ),
     }
     for folder, message in lacking.values():
         for quantization in ("none", "nf4") if "layer" in folder else ("none",):
@@ -113,7 +130,9 @@ def test_a_base_that_is_quantised_already_is_loaded_as_nf4_only(tmp_path):
     quantised = load_base(TINY_BASE, "nf4", "bf16", "cpu").eval()
     quantised.save_pretrained(tmp_path)
     with torch.inference_mode():
-        assert torch.equal(load_base(str(tmp_path), "nf4", "bf16", "cpu").eval()(input_ids=IDS).logits, quantised(input_ids=IDS).logits)
+        assert torch.equal(
+            load_base(str(tmp_path), "nf4", "bf16", "cpu").eval()(input_ids=IDS).logits, quantised(input_ids=IDS).logits
+        )
     with pytest.raises(ModelError, match="They are quantised already: take nf4"):
         load_base(str(tmp_path), "none", "bf16", "cpu")
 
@@ -127,9 +146,13 @@ def test_a_base_that_the_memory_does_not_hold_is_told(monkeypatch):
     quantised = load_base(TINY_BASE, "nf4", "bf16", "cpu")
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
     monkeypatch.setattr(quantised, "dequantize", fail)
-    with pytest.raises(ModelError, match=r"CUDA out of memory.*The memory of cpu does not hold it: take a smaller precision"):
+    with pytest.raises(
+        ModelError, match=r"CUDA out of memory.*The memory of cpu does not hold it: take a smaller precision"
+    ):
         load_base(TINY_BASE, "none", "bf16", "cpu")
-    with pytest.raises(ModelError, match=r"The memory of cpu does not hold the weights multiplied out of NF4 \(CUDA out of memory"):
+    with pytest.raises(
+        ModelError, match=r"The memory of cpu does not hold the weights multiplied out of NF4 \(CUDA out of memory"
+    ):
         multiply_out(quantised, "cpu")
 
 
@@ -139,7 +162,12 @@ def test_a_base_of_which_a_part_is_elsewhere_is_not_compared_and_a_torn_config_i
     change_base(base, lambda name: "layers.0" not in name)
     with pytest.raises(ModelError, match="has weights for model.layers.0.self_attn.q_proj, which"):
         check_shapes(tmp_path / "adapter", str(base))
-    index = {"weight_map": {"lm_head.weight": "model.safetensors", "model.layers.0.mlp.up_proj.weight": "model-00002-of-00002.safetensors"}}
+    index = {
+        "weight_map": {
+            "lm_head.weight": "model.safetensors",
+            "model.layers.0.mlp.up_proj.weight": "model-00002-of-00002.safetensors",
+        }
+    }
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     check_shapes(tmp_path / "adapter", str(base))
     (base / "config.json").write_text("{")

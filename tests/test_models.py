@@ -10,7 +10,14 @@ import pytest
 from nli.models.checkpoints import describe_model, read_card, resolve_template, write_card
 from nli.models.tokenizer import check_prompt_ids, encode_prompt, load_tokenizer
 from nli.runtime.errors import DataError, ModelError
-from nli.task.prompts import STUDENT_TEMPLATE, find_template_fault, prompt_sha256, render_prompt, render_student_prompt, student_prompt_sha256
+from nli.task.prompts import (
+    STUDENT_TEMPLATE,
+    find_template_fault,
+    prompt_sha256,
+    render_prompt,
+    render_student_prompt,
+    student_prompt_sha256,
+)
 from tests.conftest import TINY_BASE
 
 OTHER_TEMPLATE = 'Premise: {premise} Hypothesis: {hypothesis} Answer with {"label": 0 or 1}:'
@@ -29,7 +36,9 @@ def make_published(folder: Path, seed: int = 3, **saving) -> Path:
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     model = AutoModelForCausalLM.from_pretrained(TINY_BASE, dtype=torch.float32)
     model.resize_token_embeddings(len(tokenizer))
-    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
@@ -74,7 +83,10 @@ def to_modules_to_save(source: Path, folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("published")
-    made = {"with embeddings": make_published(folder / "with"), "without embeddings": make_published(folder / "without", save_embedding_layers=False)}
+    made = {
+        "with embeddings": make_published(folder / "with"),
+        "without embeddings": make_published(folder / "without", save_embedding_layers=False),
+    }
     made["trained embeddings"] = change_embeddings(made["with embeddings"], folder / "trained")
     made["pickled"] = to_bin(made["trained embeddings"], folder / "pickled")
     made["modules to save"] = to_modules_to_save(made["trained embeddings"], folder / "modules")
@@ -93,7 +105,13 @@ def generate(model, tokenizer, num_tokens: int = 16) -> tuple[list, list]:
         ids = torch.tensor([encode_prompt(tokenizer, render_student_prompt(*pair))])
         with torch.inference_mode():
             logits.append(model(input_ids=ids).logits[0, :, :960])
-            written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False, pad_token_id=5)
+            written = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=num_tokens,
+                do_sample=False,
+                pad_token_id=5,
+            )
         completions.append(written[0, ids.shape[1] :].tolist())
     return completions, logits
 
@@ -123,11 +141,18 @@ def load_ours(*folders: Path):
 
 def test_text_with_braces_passes_a_template_unchanged():
     rendered = render_prompt(OTHER_TEMPLATE, "The set {a} {hypothesis} {{b}} \\1 %s", "{premise}")
-    assert rendered == 'Premise: The set {a} {hypothesis} {{b}} \\1 %s Hypothesis: {premise} Answer with {"label": 0 or 1}:'
+    assert (
+        rendered
+        == 'Premise: The set {a} {hypothesis} {{b}} \\1 %s Hypothesis: {premise} Answer with {"label": 0 or 1}:'
+    )
 
 
 def test_the_projects_own_template_is_what_it_was():
-    assert student_prompt_sha256() == prompt_sha256(STUDENT_TEMPLATE) == "f5e39d419d6f24dcc32a5ada97aae0bd43b36e6b2a2c73d8ce79ba2da1ba449c"
+    assert (
+        student_prompt_sha256()
+        == prompt_sha256(STUDENT_TEMPLATE)
+        == "f5e39d419d6f24dcc32a5ada97aae0bd43b36e6b2a2c73d8ce79ba2da1ba449c"
+    )
     assert prompt_sha256(OTHER_TEMPLATE) == sha256(OTHER_TEMPLATE.encode()).hexdigest()
     assert find_template_fault(STUDENT_TEMPLATE) is None and find_template_fault(OTHER_TEMPLATE) is None
 
@@ -154,7 +179,10 @@ def test_a_template_comes_from_the_file_else_the_card_else_the_project(tmp_path,
     assert resolve_template(TINY_BASE, str(prompt)) == OTHER_TEMPLATE
     bare = str(published["with embeddings"])
     assert resolve_template(bare, str(prompt)) == OTHER_TEMPLATE
-    with pytest.raises(ModelError, match="no nli.json that holds its prompt. Give the prompt that it was trained with by --prompt-template"):
+    with pytest.raises(
+        ModelError,
+        match="no nli.json that holds its prompt. Give the prompt that it was trained with by --prompt-template",
+    ):
         resolve_template(bare)
     with pytest.raises(DataError, match="none.txt: no such prompt template"):
         resolve_template(bare, str(tmp_path / "none.txt"))
@@ -173,7 +201,9 @@ def test_a_model_of_another_prompt_answers_with_its_own(tmp_path, published):
     (tmp_path / "same.txt").write_text(OTHER_TEMPLATE)
     assert resolve_template(str(run), str(tmp_path / "same.txt")) == OTHER_TEMPLATE
     (tmp_path / "other.txt").write_text(STUDENT_TEMPLATE)
-    with pytest.raises(ModelError, match="was trained with another prompt, which stands in its nli.json; leave --prompt-template out"):
+    with pytest.raises(
+        ModelError, match="was trained with another prompt, which stands in its nli.json; leave --prompt-template out"
+    ):
         resolve_template(str(run), str(tmp_path / "other.txt"))
     (run / "nli.json").write_text(json.dumps(card | {"prompt_sha256": student_prompt_sha256()}))
     for refused in (lambda: resolve_template(str(run)), lambda: describe_model(str(run), "")):
@@ -199,7 +229,9 @@ def test_an_adapter_from_elsewhere_answers_as_plain_peft_on_a_resized_base_does(
     assert describe_model(str(folder), "") == (TINY_BASE, str(folder))
     tokenizer = load_tokenizer(TINY_BASE)
     ours = load_ours(folder)
-    assert ours(input_ids=torch.tensor([[1, 3]])).logits.shape[-1] == 960  # nothing can be written that the base's tokenizer cannot read
+    assert (
+        ours(input_ids=torch.tensor([[1, 3]])).logits.shape[-1] == 960
+    )  # nothing can be written that the base's tokenizer cannot read
     expected, found = generate(load_plainly(folder), tokenizer), generate(ours, tokenizer)
     assert found[0] == expected[0] and max(max(ids) for ids in expected[0]) < 960
     for one, other in zip(found[1], expected[1], strict=True):
@@ -211,7 +243,11 @@ def test_several_adapters_on_one_base_answer_as_each_does_alone_and_the_base_too
     import torch
 
     tokenizer = load_tokenizer(TINY_BASE)
-    folders = [published["with embeddings"], published["trained embeddings"], make_published(tmp_path / "other", seed=7)]
+    folders = [
+        published["with embeddings"],
+        published["trained embeddings"],
+        make_published(tmp_path / "other", seed=7),
+    ]
     together = load_ours(*folders)
     for index, folder in enumerate(folders):
         together.set_adapter(f"adapter_{index}")
@@ -227,7 +263,9 @@ def test_prompts_are_the_same_tokens_with_the_bases_tokenizer_and_the_adapters(p
     own = load_tokenizer(str(folder))
     assert own.pad_token == "[PAD]" and len(own) == 961
     for pair in PAIRS:
-        assert encode_prompt(load_tokenizer(TINY_BASE), render_student_prompt(*pair)) == encode_prompt(own, render_student_prompt(*pair))
+        assert encode_prompt(load_tokenizer(TINY_BASE), render_student_prompt(*pair)) == encode_prompt(
+            own, render_student_prompt(*pair)
+        )
     check_prompt_ids(TINY_BASE, str(folder), STUDENT_TEMPLATE)
     own.add_tokens(["Premise:"])
     shutil.copytree(folder, tmp_path / "other")
@@ -277,7 +315,10 @@ def test_an_adapter_with_a_hub_name_is_found_in_the_cache_and_a_base_is_none(hub
 def test_a_merged_model_with_a_hub_name_answers_with_the_prompt_of_its_card(hub, tmp_path):
     shutil.copytree(TINY_BASE, tmp_path / "merged")
     write_card(tmp_path / "merged", TINY_BASE, "none", "fp32", 512)
-    card = read_card(tmp_path / "merged") | {"prompt_template": OTHER_TEMPLATE, "prompt_sha256": prompt_sha256(OTHER_TEMPLATE)}
+    card = read_card(tmp_path / "merged") | {
+        "prompt_template": OTHER_TEMPLATE,
+        "prompt_sha256": prompt_sha256(OTHER_TEMPLATE),
+    }
     (tmp_path / "merged/nli.json").write_text(json.dumps(card))
     hub("someone/merged", tmp_path / "merged")
     assert describe_model("someone/merged", "") == ("someone/merged", None)
@@ -292,7 +333,10 @@ def test_a_base_that_is_not_here_is_asked_for(hub, published, tmp_path):
     config = json.loads((folder / "adapter_config.json").read_text())
     for base in ("/home/them/mistral", "someone/gone"):
         (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
-        with pytest.raises(ModelError, match=f"the adapter names {base} as its base, which cannot be found from here; say where it is by --base-model"):
+        with pytest.raises(
+            ModelError,
+            match=f"the adapter names {base} as its base, which cannot be found from here; say where it is by --base-model",
+        ):
             describe_model(str(folder), "")
     assert describe_model(str(folder), TINY_BASE) == (TINY_BASE, str(folder))
     with pytest.raises(ModelError, match="someone/other: no model there; --base-model takes"):
@@ -307,12 +351,19 @@ def rewrite(source: Path, folder: Path, change) -> Path:
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(source, folder)
-    save_file(change(load_file(folder / "adapter_model.safetensors")), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(
+        change(load_file(folder / "adapter_model.safetensors")),
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
     return folder
 
 
 CHANGES = {
-    "rank": (lambda name, tensor: (name, tensor[:4].contiguous() if "lora_A" in name else tensor), "has the rank 4, and adapter_config.json says 8"),
+    "rank": (
+        lambda name, tensor: (name, tensor[:4].contiguous() if "lora_A" in name else tensor),
+        "has the rank 4, and adapter_config.json says 8",
+    ),
     "size": (
         lambda name, tensor: (name, tensor[:, :128].contiguous() if "lora_A" in name else tensor),
         "lora_A of model.layers.0.self_attn.q_proj takes 128 numbers, and .*192. Give the base that it was trained on by --base-model",
@@ -330,7 +381,11 @@ CHANGES = {
 
 @pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
 def test_weights_that_do_not_fit_the_base_are_refused_by_their_header(published, tmp_path, change, message):
-    folder = rewrite(published["with embeddings"], tmp_path / "adapter", lambda weights: dict(change(*item) for item in weights.items()))
+    folder = rewrite(
+        published["with embeddings"],
+        tmp_path / "adapter",
+        lambda weights: dict(change(*item) for item in weights.items()),
+    )
     with pytest.raises(ModelError, match=message):
         describe_model(str(folder), "")
 
@@ -346,7 +401,9 @@ def test_torn_weights_are_refused_before_a_model_is_loaded(published, tmp_path, 
 
 def test_an_adapter_that_lacks_layers_of_its_own_config_is_refused(published, tmp_path):
     folder = rewrite(
-        published["without embeddings"], tmp_path / "adapter", lambda weights: {name: weight for name, weight in weights.items() if "v_proj" not in name}
+        published["without embeddings"],
+        tmp_path / "adapter",
+        lambda weights: {name: weight for name, weight in weights.items() if "v_proj" not in name},
     )
     with pytest.raises(ModelError, match="the adapter cannot be put on this base .*missing adapter keys"):
         load_ours(folder)

@@ -28,7 +28,10 @@ GOOD = json.dumps({"choices": [{"message": {"content": '{"thought_process": "So.
 
 
 def rows(number, **columns):
-    return [{"id": str(index), "premise": f"Premise {index}.", "hypothesis": "So.", "true_label": 1, **columns} for index in range(number)]
+    return [
+        {"id": str(index), "premise": f"Premise {index}.", "hypothesis": "So.", "true_label": 1, **columns}
+        for index in range(number)
+    ]
 
 
 @contextlib.contextmanager
@@ -41,14 +44,21 @@ def filled(folder, pairs):
 def make(folder, pairs, build_row):
     """Write the output of rows of which none was asked."""
     output = folder / "out/thoughts.jsonl"
-    parts = {"read_rows": list, "build_row": build_row, "count_row": thoughts.count_answer, "find_fault": thoughts.find_fault}
+    parts = {
+        "read_rows": list,
+        "build_row": build_row,
+        "count_row": thoughts.count_answer,
+        "find_fault": thoughts.find_fault,
+    }
     work = Generation(stage="thoughts", config=CONFIG, prompt=PROMPT, source=Path("rows.csv"), output=output, **parts)
     with contextlib.closing(Ledger(folder / "ledger")) as ledger, filled(folder, pairs) as worklist:
         return _write_output(work, ledger, folder / "ledger", worklist)
 
 
 def test_a_dead_letter_says_why_also_where_the_file_has_a_column_of_that_name(tmp_path):
-    counts = make(tmp_path, rows(1, reason="annotator 3"), lambda row, outcome: thoughts.to_answer(row, outcome, CONFIG))
+    counts = make(
+        tmp_path, rows(1, reason="annotator 3"), lambda row, outcome: thoughts.to_answer(row, outcome, CONFIG)
+    )
     letter = json.loads((tmp_path / "out/thoughts.dead_letters.jsonl").read_text())
     assert (counts["dead_request_failed"], letter["reason"], letter["details"]) == (1, "request_failed", "not asked")
     assert json.loads((tmp_path / "out/thoughts.jsonl").read_text())["reason"] == "annotator 3"

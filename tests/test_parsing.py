@@ -34,12 +34,20 @@ READABLE = {
     "a label as 1.0": ('{"thought_process": "x", "predicted_label": 1.0}', "x", 1),
     "a label as 1e0": ('{"thought_process": "x", "predicted_label": 1e0}', "x", 1),
     "the same label twice": ('{"thought_process": "x", "predicted_label": 1, "predicted_label": 1}', "x", 1),
-    "extra fields": ('{"thought_process": "x", "predicted_label": 1, "confidence": 0.9, "notes": [1, {"a": null}]}', "x", 1),
+    "extra fields": (
+        '{"thought_process": "x", "predicted_label": 1, "confidence": 0.9, "notes": [1, {"a": null}]}',
+        "x",
+        1,
+    ),
     "an outer object": ('{"answer": {"thought_process": "x", "predicted_label": 0}}', "x", 0),
     "an object in a list": ('[{"thought_process": "x", "predicted_label": 0}]', "x", 0),
     "an outer object that is never closed": ('{"answer": {"thought_process": "x", "predicted_label": 0}', "x", 0),
     "two equal objects": (GOOD + "\n" + GOOD, THOUGHT, 1),
-    "two objects that disagree: the first is the answer": (GOOD + ' {"thought_process": "Or not.", "predicted_label": 0}', THOUGHT, 1),
+    "two objects that disagree: the first is the answer": (
+        GOOD + ' {"thought_process": "Or not.", "predicted_label": 0}',
+        THOUGHT,
+        1,
+    ),
     "another pair made up after the answer": (
         GOOD + "\n[INST] Premise: A.\nHypothesis: B.[/INST]" + '{"thought_process": "y", "predicted_label": 0}',
         THOUGHT,
@@ -48,11 +56,27 @@ READABLE = {
     "another object before": ('{"premise": "Two dogs ran."} ' + GOOD, THOUGHT, 1),
     "an empty object before": ("{} " + GOOD, THOUGHT, 1),
     "the student prompt's skeleton before": (INSTRUCTION + "\n" + GOOD, THOUGHT, 1),
-    "the teacher prompt's skeleton before": ('{"thought_process": "<your three steps>", "predicted_label": <0 or 1>}\n' + GOOD, THOUGHT, 1),
+    "the teacher prompt's skeleton before": (
+        '{"thought_process": "<your three steps>", "predicted_label": <0 or 1>}\n' + GOOD,
+        THOUGHT,
+        1,
+    ),
     "braces in prose before": ("Let {A} be the premise and {B: c} the hypothesis. " + GOOD, THOUGHT, 1),
-    "braces in the thought": ('{"thought_process": "The set {a, {b}} is named.", "predicted_label": 1}', "The set {a, {b}} is named.", 1),
-    "one open brace in the thought": ('{"thought_process": "An odd { here.", "predicted_label": 1}', "An odd { here.", 1),
-    "one closing brace in the thought": ('{"thought_process": "An odd } here.", "predicted_label": 1}', "An odd } here.", 1),
+    "braces in the thought": (
+        '{"thought_process": "The set {a, {b}} is named.", "predicted_label": 1}',
+        "The set {a, {b}} is named.",
+        1,
+    ),
+    "one open brace in the thought": (
+        '{"thought_process": "An odd { here.", "predicted_label": 1}',
+        "An odd { here.",
+        1,
+    ),
+    "one closing brace in the thought": (
+        '{"thought_process": "An odd } here.", "predicted_label": 1}',
+        "An odd } here.",
+        1,
+    ),
     "a quoted premise that is itself an answer": (
         r'{"thought_process": "It says {\"thought_process\": \"y\", \"predicted_label\": 0}.", "predicted_label": 1}',
         'It says {"thought_process": "y", "predicted_label": 0}.',
@@ -63,11 +87,19 @@ READABLE = {
         "Step 1: a.\nStep 2: b.\r\nStep 3: c.",
         1,
     ),
-    "escaped newlines": (r'{"thought_process": "Step 1: a.\nStep 2: b.", "predicted_label": 1}', "Step 1: a.\nStep 2: b.", 1),
+    "escaped newlines": (
+        r'{"thought_process": "Step 1: a.\nStep 2: b.", "predicted_label": 1}',
+        "Step 1: a.\nStep 2: b.",
+        1,
+    ),
     "a raw tab and a control character": ('{"thought_process": "a\tb\x01c", "predicted_label": 1}', "a\tb\x01c", 1),
     "escaped quotes": (r'{"thought_process": "He said \"no\".", "predicted_label": 0}', 'He said "no".', 0),
     "a double backslash at the end": (r'{"thought_process": "C:\\", "predicted_label": 0}', "C:\\", 0),
-    "unicode as it is": ('{"thought_process": "Ein Hund läuft – 犬 🐕.", "predicted_label": 1}', "Ein Hund läuft – 犬 🐕.", 1),
+    "unicode as it is": (
+        '{"thought_process": "Ein Hund läuft – 犬 🐕.", "predicted_label": 1}',
+        "Ein Hund läuft – 犬 🐕.",
+        1,
+    ),
     "unicode as escapes": (r'{"thought_process": "caf\u00e9 \ud83d\udc15", "predicted_label": 1}', "café 🐕", 1),
     "line separators": ('{"thought_process": "a\u2028b\u2029c\x85d", "predicted_label": 1}', "a\u2028b\u2029c\x85d", 1),
     "mojibake stays": ('{"thought_process": "cafÃ©", "predicted_label": 1}', "cafÃ©", 1),
@@ -76,7 +108,11 @@ READABLE = {
     "an empty thought": ('{"thought_process": "", "predicted_label": 1}', "", 1),
     "a byte order mark before": ("\ufeff" + GOOD, THOUGHT, 1),
     "a control token after": (GOOD + "</s>", THOUGHT, 1),
-    "a huge number in another field": ('{"thought_process": "x", "n": ' + "9" * 5000 + ', "predicted_label": 1}', "x", 1),
+    "a huge number in another field": (
+        '{"thought_process": "x", "n": ' + "9" * 5000 + ', "predicted_label": 1}',
+        "x",
+        1,
+    ),
     "`step 1:` before": ("step 1: dogs are animals. step 2: they move. " + GOOD, THOUGHT, 1),
 }
 
@@ -121,9 +157,15 @@ UNREADABLE = {
     "a digit of another script": ('{"thought_process": "x", "predicted_label": "١"}', "bad_label"),
     "a label in a list": ('{"thought_process": "x", "predicted_label": [1]}', "bad_label"),
     "a label in an object": ('{"thought_process": "x", "predicted_label": {"value": 1}}', "bad_label"),
-    "an answer as the label": ('{"thought_process": "x", "predicted_label": {"thought_process": "y", "predicted_label": 1}}', "bad_label"),
+    "an answer as the label": (
+        '{"thought_process": "x", "predicted_label": {"thought_process": "y", "predicted_label": 1}}',
+        "bad_label",
+    ),
     "two different labels": ('{"thought_process": "x", "predicted_label": 1, "predicted_label": 0}', "bad_label"),
-    "three labels, the last two alike": ('{"thought_process": "x", "predicted_label": 1, "predicted_label": 0, "predicted_label": 0}', "bad_label"),
+    "three labels, the last two alike": (
+        '{"thought_process": "x", "predicted_label": 1, "predicted_label": 0, "predicted_label": 0}',
+        "bad_label",
+    ),
     "a number and true": ('{"thought_process": "x", "predicted_label": 1, "predicted_label": true}', "bad_label"),
     "a bad label, then a good object": ('{"thought_process": "x", "predicted_label": 2} ' + GOOD, "bad_label"),
     "no label": ('{"thought_process": "x"}', "missing_field"),
@@ -136,7 +178,10 @@ UNREADABLE = {
     "a number as the thought": ('{"thought_process": 7, "predicted_label": 1}', "missing_field"),
     "null as the thought": ('{"thought_process": null, "predicted_label": 1}', "missing_field"),
     "an object as the thought": ('{"thought_process": {"step 1": "a"}, "predicted_label": 1}', "missing_field"),
-    "two different thoughts": ('{"thought_process": "x", "thought_process": "y", "predicted_label": 1}', "missing_field"),
+    "two different thoughts": (
+        '{"thought_process": "x", "thought_process": "y", "predicted_label": 1}',
+        "missing_field",
+    ),
     "a brace at the end of another object's string": ('{"text": "open {"}', "missing_field"),
     "the brace alone": ("{", "truncated"),
     "cut in a key": ('{"thought_pro', "truncated"),
@@ -162,7 +207,11 @@ UNREADABLE = {
 @pytest.mark.parametrize(("text", "thought", "label"), READABLE.values(), ids=READABLE)
 def test_a_reply_that_holds_an_answer_is_read(text, thought, label):
     parsed = parse_answer(text)
-    assert (parsed.status, parsed.fields, parsed.problem) == ("ok", {"thought_process": thought, "predicted_label": label}, "")
+    assert (parsed.status, parsed.fields, parsed.problem) == (
+        "ok",
+        {"thought_process": thought, "predicted_label": label},
+        "",
+    )
     assert type(parsed.fields["predicted_label"]) is int
 
 
@@ -189,14 +238,19 @@ def test_a_text_that_the_token_limit_cut_is_truncated_unless_its_object_is_whole
     assert parse_answer(text, finish_reason="length").status == status
 
 
-@pytest.mark.parametrize("thought", ['He said "no {": \\ \n\t– 犬🐕\u2028', "", "{}", '{"thought_process": "y", "predicted_label": 0}', "\\u00e9 \\"])
+@pytest.mark.parametrize(
+    "thought",
+    ['He said "no {": \\ \n\t– 犬🐕\u2028', "", "{}", '{"thought_process": "y", "predicted_label": 0}', "\\u00e9 \\"],
+)
 @pytest.mark.parametrize("label", [0, 1])
 @pytest.mark.parametrize("ascii_only", [False, True])
 def test_no_prefix_of_a_reply_has_a_label_until_the_reply_is_whole(thought, label, ascii_only):
     reply = json.dumps({"thought_process": thought, "predicted_label": label}, ensure_ascii=ascii_only)
     assert parse_answer(reply).fields == {"thought_process": thought, "predicted_label": label}
     for length in range(1, len(reply)):
-        assert (parse_answer(reply[:length]).status, parse_answer(reply[:length]).fields) == ("truncated", None), reply[:length]
+        assert (parse_answer(reply[:length]).status, parse_answer(reply[:length]).fields) == ("truncated", None), reply[
+            :length
+        ]
 
 
 SHORT = {name: text for name, (text, *_) in (READABLE | UNREADABLE).items() if len(text) < 300}
@@ -218,13 +272,21 @@ def test_every_text_survives_rendering_and_parsing_unchanged():
 
 def test_the_longest_replies_are_read_in_no_time():
     started = time.perf_counter()
-    for text in ("{" * 100_000, '{"a":' * 20_000, "{ " * 50_000, "x" * 100_000, '{"thought_process": "' + "a{" * 50_000 + '", "predicted_label": 1}'):
+    for text in (
+        "{" * 100_000,
+        '{"a":' * 20_000,
+        "{ " * 50_000,
+        "x" * 100_000,
+        '{"thought_process": "' + "a{" * 50_000 + '", "predicted_label": 1}',
+    ):
         parse_answer(text)
     assert time.perf_counter() - started < 2
 
 
 def test_a_reflection_is_read_by_its_own_fields():
-    text = '{"error_analysis": "Step 2 fails.", "improved_thought_process": "Dogs are animals.", "predicted_label": "1"}'
+    text = (
+        '{"error_analysis": "Step 2 fails.", "improved_thought_process": "Dogs are animals.", "predicted_label": "1"}'
+    )
     assert parse_reply(text, ReflectionReply).fields == {
         "error_analysis": "Step 2 fails.",
         "improved_thought_process": "Dogs are animals.",
@@ -233,7 +295,10 @@ def test_a_reflection_is_read_by_its_own_fields():
     assert parse_reply(GOOD, ReflectionReply).problem == "no field error_analysis, improved_thought_process"
 
 
-@pytest.mark.parametrize(("score", "status"), [(1, "ok"), (5, "ok"), ("3", "ok"), (0, "bad_label"), (6, "bad_label"), (4.5, "bad_label"), (None, "bad_label")])
+@pytest.mark.parametrize(
+    ("score", "status"),
+    [(1, "ok"), (5, "ok"), ("3", "ok"), (0, "bad_label"), (6, "bad_label"), (4.5, "bad_label"), (None, "bad_label")],
+)
 def test_a_score_is_one_to_five(score, status):
     text = json.dumps({"analysis": "Sound.", "score": score, "improved_thought_process": "x", "predicted_label": 1})
     assert parse_reply(text, ScoringReply).status == status

@@ -9,7 +9,13 @@ from nli.evaluation.shown_rows import pick_disagreements, pick_unparsed, shorten
 def answer(number: int, true_label: int | None, predicted_label: int | None, status: str = "ok") -> dict:
     """An Answer, as far as it is looked at."""
     pair = {"id": str(number), "premise": f"Dog {number} ran.", "hypothesis": "It moved.", "true_label": true_label}
-    return {**pair, "predicted_label": predicted_label, "parse_status": status, "thought_process": f"Thought {number}.", "raw_text": f"text {number}"}
+    return {
+        **pair,
+        "predicted_label": predicted_label,
+        "parse_status": status,
+        "thought_process": f"Thought {number}.",
+        "raw_text": f"text {number}",
+    }
 
 
 def test_rows_that_all_runs_answer_alike_are_no_disagreement():
@@ -32,7 +38,12 @@ def test_the_patterns_of_disagreement_take_turns_and_the_most_frequent_comes_fir
 
 
 def test_what_could_not_be_read_is_counted_by_status_with_its_first_row():
-    rows = [answer(0, 1, 1), answer(1, 1, None, "truncated"), answer(2, 1, None, "bad_json"), answer(3, 1, None, "truncated")]
+    rows = [
+        answer(0, 1, 1),
+        answer(1, 1, None, "truncated"),
+        answer(2, 1, None, "bad_json"),
+        answer(3, 1, None, "truncated"),
+    ]
     assert [(row["status"], row["rows"], row["id"], row["raw_text"]) for row in pick_unparsed({"a": rows})] == [
         ("truncated", 2, "1", "text 1"),
         ("bad_json", 1, "2", "text 2"),

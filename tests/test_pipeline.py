@@ -56,7 +56,9 @@ def test_teacher_and_student_must_answer_the_same_rows(config):
         replace(config, thoughts=replace(config.thoughts, max_rows=5))
 
 
-def test_a_cluster_that_a_later_stage_does_not_fit_into_is_refused_before_the_first_call(config, tmp_path, monkeypatch, capsys):
+def test_a_cluster_that_a_later_stage_does_not_fit_into_is_refused_before_the_first_call(
+    config, tmp_path, monkeypatch, capsys
+):
     import ray
 
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -67,7 +69,9 @@ def test_a_cluster_that_a_later_stage_does_not_fit_into_is_refused_before_the_fi
     check_room(config, tmp_path)
     for stage, values in (("train", {"use_gpu": True}), ("inference", {"num_workers": 3})):
         wide = replace(config, **{stage: replace(getattr(config, stage), **values)})
-        with pytest.raises(ConfigError, match=r"num_workers (1 need 1 GPUs and the cluster has 0|3 need 3 CPUs and the cluster has 2)"):
+        with pytest.raises(
+            ConfigError, match=r"num_workers (1 need 1 GPUs and the cluster has 0|3 need 3 CPUs and the cluster has 2)"
+        ):
             check_room(wide, tmp_path)
         (tmp_path / "ray_bootstrap_config.yaml").write_text("")
         check_room(wide, tmp_path)
@@ -81,7 +85,9 @@ def test_a_cluster_that_a_later_stage_does_not_fit_into_is_refused_before_the_fi
 
 
 def test_files_below_the_storage_root_are_found(config, tmp_path):
-    relative = replace(config, storage_root=str(tmp_path), train_csv="train.csv", dev_csv="dev.csv", test_csv="test.csv")
+    relative = replace(
+        config, storage_root=str(tmp_path), train_csv="train.csv", dev_csv="dev.csv", test_csv="test.csv"
+    )
     assert settle(relative).test_csv == str(tmp_path / "test.csv")
 
 
@@ -90,7 +96,10 @@ def test_every_stage_gets_absolute_files(config):
     settled = settle(config)
     assert Path(settled.train.base_model).is_absolute()
     answered = plan_inference(settled, root)
-    assert (answered.model, answered.run_names) == (settled.train.base_model, ("base", "correct_only", "reflected", "unmodified"))
+    assert (answered.model, answered.run_names) == (
+        settled.train.base_model,
+        ("base", "correct_only", "reflected", "unmodified"),
+    )
     assert answered.adapters == ("/out/models/correct_only", "/out/models/reflected", "/out/models/unmodified")
     assert Path(answered.data).is_absolute()
     assert plan_sweep(settled, root).train_files == "/out/data/finetune/{ablation}_train.jsonl"

@@ -67,7 +67,9 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("preflight_only", [True, False])
-def test_all_faults_are_named_in_one_pass_with_file_and_line_before_any_model_is_loaded(faulty, monkeypatch, preflight_only):
+def test_all_faults_are_named_in_one_pass_with_file_and_line_before_any_model_is_loaded(
+    faulty, monkeypatch, preflight_only
+):
     monkeypatch.setattr("nli.models.load.load_base", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(DataError) as caught:
         sft.run(config_of(faulty, max_length=90, preflight=preflight_only))
@@ -85,15 +87,21 @@ def test_the_faults_of_a_file_are_told_though_the_tokenizer_is_missing(faulty, t
 def test_the_job_reports_and_starts_and_writes_nothing(good):
     """As a user calls it: without a terminal there are no escape codes; Ray could not start in it."""
     path = good / "config.py"
-    path.write_text(f"from nli.training.run import TrainConfig\n\nconfig = TrainConfig(**{config_of(good).__dict__!r})\n")
+    path.write_text(
+        f"from nli.training.run import TrainConfig\n\nconfig = TrainConfig(**{config_of(good).__dict__!r})\n"
+    )
     environment = os.environ | {"RAY_ADDRESS": "127.0.0.1:1"}
     command = [sys.executable, "-m", "ray_jobs.train_sft", "--config", str(path), "--preflight"]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "rows      train 40, dev 8; over max_length 512 and refused: 0"
     assert lines[1] == "labels    train 20 of 1 and 20 of 0; dev 4 of 1 and 4 of 0"
-    assert any(line.startswith("steps     6 of 16 rows, 3 an epoch; evaluated and saved every 3 steps") for line in lines)
+    assert any(
+        line.startswith("steps     6 of 16 rows, 3 an epoch; evaluated and saved every 3 steps") for line in lines
+    )
     assert any(line.startswith("time      unknown: no run of this base on this machine") for line in lines)
     assert any(line.startswith("memory    trained on the CPU") for line in lines)
     assert any(line.startswith("leakage   no pair and no premise stands in both files") for line in lines)
@@ -105,7 +113,9 @@ def test_the_job_reports_and_starts_and_writes_nothing(good):
 def describe(folder: Path, colour: bool = False, **values) -> preflight_report.Report:
     config = config_of(folder, **values)
     splits = preflight.read_splits((folder / "train.jsonl", folder / "dev.jsonl"))
-    return preflight_report.describe_run(config, splits, preflight.tokenise_here(splits, TINY_BASE), folder / "run", colour)
+    return preflight_report.describe_run(
+        config, splits, preflight.tokenise_here(splits, TINY_BASE), folder / "run", colour
+    )
 
 
 def test_the_preview_parts_what_is_masked_from_what_is_learnt(good):
@@ -139,7 +149,9 @@ def test_rows_that_would_be_cut_are_counted_and_named(good):
 def test_labels_are_those_that_are_taught_and_wrong_ones_are_counted(good):
     rows = [sft_row("train", index) | {"true_label": 1} for index in range(6)]
     write_jsonl(good / "train.jsonl", [*rows, sft_row("train", 7) | {"completion": "no label"}])
-    assert describe(good).sections["labels"] == ["train 3 of 1 and 3 of 0, 1 unreadable (3 not the true one); dev 4 of 1 and 4 of 0"]
+    assert describe(good).sections["labels"] == [
+        "train 3 of 1 and 3 of 0, 1 unreadable (3 not the true one); dev 4 of 1 and 4 of 0"
+    ]
 
 
 def test_the_histogram_counts_every_row_once():
@@ -154,10 +166,15 @@ def test_the_histogram_counts_every_row_once():
 def test_shared_premises_are_reported_and_not_refused(good):
     row = sft_row("dev", 3) | {"premise": sft_row("train", 3)["premise"]}
     write_jsonl(good / "dev.jsonl", [row])
-    assert describe(good).sections["leakage"] == ["no pair stands in both files, 1 premises do: the eval loss is a little too good"]
+    assert describe(good).sections["leakage"] == [
+        "no pair stands in both files, 1 premises do: the eval loss is a little too good"
+    ]
 
 
-@pytest.mark.parametrize(("values", "steps"), [({"max_steps": 0, "epochs": 2.0}, "6 of 16 rows"), ({"max_steps": 0, "epochs": 0.5}, "2 of 16 rows")])
+@pytest.mark.parametrize(
+    ("values", "steps"),
+    [({"max_steps": 0, "epochs": 2.0}, "6 of 16 rows"), ({"max_steps": 0, "epochs": 0.5}, "2 of 16 rows")],
+)
 def test_steps_follow_from_rows_batch_and_epochs(good, values, steps):
     assert describe(good, **values).sections["steps"][0].startswith(steps)
     assert "never evaluated" in describe(good, max_steps=2).sections["steps"][0]
@@ -170,9 +187,15 @@ def test_time_is_told_by_a_measured_rate_only(good):
     identity = sft.plan_fit(config).identity
     manifest = {"status": "finished", "identity": identity, "hardware": {"gpus": []}, "attempts": [], "counts": {}}
     (other / "manifest.json").write_text(json.dumps(manifest))
-    (other / "log.jsonl").write_text("".join(json.dumps({"step": step, "tokens_per_second": rate}) + "\n" for step, rate in ((1, 10), (2, 50), (3, 60))))
+    (other / "log.jsonl").write_text(
+        "".join(
+            json.dumps({"step": step, "tokens_per_second": rate}) + "\n" for step, rate in ((1, 10), (2, 50), (3, 60))
+        )
+    )
     text = describe(good).sections["time"][0]
-    assert text.startswith("about 2 min of training") and text.endswith(f"at 50 tokens/s a worker, as measured in {other}")
+    assert text.startswith("about 2 min of training") and text.endswith(
+        f"at 50 tokens/s a worker, as measured in {other}"
+    )
     (other / "manifest.json").write_text(json.dumps(manifest | {"hardware": {"gpus": ["NVIDIA H200, 143771 MiB"]}}))
     assert describe(good).sections["time"][0].startswith("unknown")
 

@@ -41,13 +41,18 @@ def test_batch_costs_half(model):
     assert price.half().cost_nanodollars(12_346, 7_890) * 2 == price.cost_nanodollars(12_346, 7_890)
 
 
-@pytest.mark.parametrize("model", ["ministral-8b-latest", "mistral-large-latest", "open-mistral-7b", "my-own-model", "Ministral-8B-2512", ""])
+@pytest.mark.parametrize(
+    "model", ["ministral-8b-latest", "mistral-large-latest", "open-mistral-7b", "my-own-model", "Ministral-8B-2512", ""]
+)
 def test_a_model_that_is_not_in_the_table_has_no_price(model):
     assert find_price(model) is None
 
 
 def test_a_missing_price_is_refused_with_the_nearest_name():
-    with pytest.raises(ConfigError, match=r"'ministral-8b-2521' \(table of \d{4}-\d\d-\d\d\)\. Did you mean ministral-8b-2512\? Give the price itself"):
+    with pytest.raises(
+        ConfigError,
+        match=r"'ministral-8b-2521' \(table of \d{4}-\d\d-\d\d\)\. Did you mean ministral-8b-2512\? Give the price itself",
+    ):
         require_price("ministral-8b-2521")
     with pytest.raises(ConfigError, match=r"'xyzzy' \(table of [0-9-]+\)\. Give the price itself"):
         require_price("xyzzy")
@@ -71,11 +76,23 @@ def test_a_server_of_ones_own_may_be_free():
 
 
 def test_dollars_become_nanodollars_as_written():
-    assert [to_nanodollars(value) for value in (0.15, 1, 0.1 + 0.2, 25.0)] == [150_000_000, 10**9, 300_000_000, 25 * 10**9]
+    assert [to_nanodollars(value) for value in (0.15, 1, 0.1 + 0.2, 25.0)] == [
+        150_000_000,
+        10**9,
+        300_000_000,
+        25 * 10**9,
+    ]
 
 
 @pytest.mark.parametrize(
-    ("nanodollars", "text"), [(0, "$0.00"), (66_000, "$0.000066"), (33_600_000, "$0.034"), (2_470_000_000, "$2.47"), (1_234_500_000_000, "$1,234.50")]
+    ("nanodollars", "text"),
+    [
+        (0, "$0.00"),
+        (66_000, "$0.000066"),
+        (33_600_000, "$0.034"),
+        (2_470_000_000, "$2.47"),
+        (1_234_500_000_000, "$1,234.50"),
+    ],
 )
 def test_costs_are_shown_as_money(nanodollars, text):
     assert format_dollars(nanodollars) == text

@@ -26,7 +26,9 @@ def test_every_block_of_commands_says_who_runs_it_or_what_it_needs():
 def test_a_job_in_the_readme_parses_as_written(command, repository):
     from importlib import import_module
 
-    words = shlex.split(command.replace("$ablation", "unmodified").replace("${ablation}", "unmodified").replace("$split", "dev"))
+    words = shlex.split(
+        command.replace("$ablation", "unmodified").replace("${ablation}", "unmodified").replace("$split", "dev")
+    )
     if "--help" in words:
         return
     stage = {
@@ -65,14 +67,27 @@ def test_the_commands_for_the_other_ablations_run_as_written(tmp_path):
     import sys
     from pathlib import Path
 
-    answer = {"id": "1", "premise": "p", "hypothesis": "h", "true_label": 1, "answered_by": "m", "prompt_name": "initial_generation", "prompt_sha256": "0"}
+    answer = {
+        "id": "1",
+        "premise": "p",
+        "hypothesis": "h",
+        "true_label": 1,
+        "answered_by": "m",
+        "prompt_name": "initial_generation",
+        "prompt_sha256": "0",
+    }
     answer |= {"raw_text": "{}", "thought_process": "T", "predicted_label": 1, "parse_status": "ok"}
     (tmp_path / "data/original_thoughts").mkdir(parents=True)
     for split in ("train", "dev"):
         (tmp_path / f"data/original_thoughts/{split}.jsonl").write_text(json.dumps(answer) + "\n")
     block = next(block for kind, what, block in BLOCKS if what == "tests/test_readme.py")
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(["bash", "-euc", block], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    done = subprocess.run(
+        ["bash", "-euc", block], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "data/finetune").glob("*.jsonl")) == [
         "correct_only_dev.jsonl",

@@ -10,7 +10,15 @@ import pytest
 
 from nli.runtime.config import config_class
 from nli.runtime.errors import ResumeError, StorageError
-from nli.runtime.manifest import describe_differences, manifest_beside, read_commit, read_hardware, read_manifest, read_versions, start_run
+from nli.runtime.manifest import (
+    describe_differences,
+    manifest_beside,
+    read_commit,
+    read_hardware,
+    read_manifest,
+    read_versions,
+    start_run,
+)
 
 
 @config_class
@@ -47,12 +55,25 @@ def test_a_manifest_says_what_was_made_from_what_by_which_code_on_which_machine(
     assert running["attempts"][0]["seconds"] is None
     run.finish({"rows": 3, "correct": 2})
     manifest = json.loads(path.read_text())
-    assert list(manifest) == ["stage", "status", "identity", "config", "inputs", "commit", "versions", "hardware", "attempts", "counts"]
+    assert list(manifest) == [
+        "stage",
+        "status",
+        "identity",
+        "config",
+        "inputs",
+        "commit",
+        "versions",
+        "hardware",
+        "attempts",
+        "counts",
+    ]
     assert manifest["stage"] == "thoughts"
     assert manifest["status"] == "finished"
     assert manifest["identity"] == {"model": "ministral-8b-2512", "temperature": 0.0}
     assert manifest["config"] == {"model": "ministral-8b-2512", "workers": 4}
-    assert manifest["inputs"] == {str(pairs): {"sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad", "bytes": 3}}
+    assert manifest["inputs"] == {
+        str(pairs): {"sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad", "bytes": 3}
+    }
     assert manifest["counts"] == {"rows": 3, "correct": 2}
     assert manifest["versions"]["ray"].startswith("2.60.")
     assert manifest["hardware"]["cpus"] >= 1
@@ -79,7 +100,11 @@ def test_another_config_starts_anew_where_the_outputs_are_gone(path):
     run = start(path, model="mistral-large-2512", has_work=False)
     assert not run.was_finished
     manifest = json.loads(path.read_text())
-    assert (manifest["identity"]["model"], len(manifest["attempts"]), manifest["counts"]) == ("mistral-large-2512", 1, {})
+    assert (manifest["identity"]["model"], len(manifest["attempts"]), manifest["counts"]) == (
+        "mistral-large-2512",
+        1,
+        {},
+    )
 
 
 def test_what_does_not_decide_the_output_may_change(path):
@@ -163,7 +188,9 @@ def test_two_processes_cannot_work_on_one_output(path):
 
     run = start(path)
     assert is_in_use(path)
-    with pytest.raises(ResumeError, match=r"process \d+ on .* is at work on thoughts.jsonl; wait for it, or choose another output"):
+    with pytest.raises(
+        ResumeError, match=r"process \d+ on .* is at work on thoughts.jsonl; wait for it, or choose another output"
+    ):
         start(path)
     run.finish({})
     assert not is_in_use(path)
@@ -173,5 +200,7 @@ def test_two_processes_cannot_work_on_one_output(path):
 @pytest.mark.parametrize("place", ["file/thoughts.jsonl", "o" * 240 + ".jsonl"])
 def test_a_place_that_nothing_can_be_written_to_is_said_before_work_begins(tmp_path, place):
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(StorageError, match=r"nothing can be written there \(.+\)\. Free space or choose another output"):
+    with pytest.raises(
+        StorageError, match=r"nothing can be written there \(.+\)\. Free space or choose another output"
+    ):
         start(manifest_beside(tmp_path / place))

@@ -54,7 +54,11 @@ def train_answers():
 
 
 def test_a_reply_has_every_field_of_the_real_api(base_url):
-    body = {"model": MODEL, "messages": _messages("A wasp slept in the garden.", "A wasp slept."), "response_format": JSON_MODE}
+    body = {
+        "model": MODEL,
+        "messages": _messages("A wasp slept in the garden.", "A wasp slept."),
+        "response_format": JSON_MODE,
+    }
     status, reply = _post(f"{base_url}/v1/chat/completions", body)
     assert status == 200
     assert (reply["object"], reply["model"]) == ("chat.completion", MODEL)
@@ -71,7 +75,9 @@ def test_the_official_client_talks_to_it(base_url):
     from mistralai.client import Mistral
 
     client = Mistral(api_key="any-key", server_url=base_url)
-    reply = client.chat.complete(model=MODEL, messages=_messages("Two herons slept.", "Two birds slept."), response_format=JSON_MODE)
+    reply = client.chat.complete(
+        model=MODEL, messages=_messages("Two herons slept.", "Two birds slept."), response_format=JSON_MODE
+    )
     assert "predicted_label" in json.loads(reply.choices[0].message.content)
     assert MODEL in [model.id for model in client.models.list().data]
 
@@ -90,17 +96,24 @@ def test_the_official_client_raises_its_own_errors(base_url, monkeypatch):
 
 @pytest.mark.parametrize("key", [None, "", " "])
 def test_a_request_without_a_key_gets_401(base_url, key):
-    assert _post(f"{base_url}/v1/chat/completions", {"model": MODEL, "messages": _messages("A.", "B.")}, key) == (401, {"detail": "Unauthorized"})
+    assert _post(f"{base_url}/v1/chat/completions", {"model": MODEL, "messages": _messages("A.", "B.")}, key) == (
+        401,
+        {"detail": "Unauthorized"},
+    )
 
 
-@pytest.mark.parametrize(("body", "missing"), [({"messages": [{"role": "user", "content": "x"}]}, "model"), ({"model": MODEL}, "messages")])
+@pytest.mark.parametrize(
+    ("body", "missing"), [({"messages": [{"role": "user", "content": "x"}]}, "model"), ({"model": MODEL}, "messages")]
+)
 def test_a_body_without_model_or_messages_gets_422_and_the_fields_name(base_url, body, missing):
     status, reply = _post(f"{base_url}/v1/chat/completions", body)
     assert status == 422
     assert [problem["loc"] for problem in reply["detail"]] == [["body", missing]]
 
 
-@pytest.mark.parametrize("body", [[], "text", {"model": MODEL, "messages": "text"}, {"model": MODEL, "messages": ["text"]}])
+@pytest.mark.parametrize(
+    "body", [[], "text", {"model": MODEL, "messages": "text"}, {"model": MODEL, "messages": ["text"]}]
+)
 def test_a_body_of_another_shape_gets_422(base_url, body):
     assert _post(f"{base_url}/v1/chat/completions", body)[0] == 422
 
@@ -117,7 +130,11 @@ def test_only_the_loopback_address_listens(base_url):
 
 
 def test_the_teacher_is_right_about_three_times_in_four(train_answers):
-    assert 0.74 <= sum(reply is not None and reply["predicted_label"] == pair.label for pair, reply in train_answers) / 2000 <= 0.78
+    assert (
+        0.74
+        <= sum(reply is not None and reply["predicted_label"] == pair.label for pair, reply in train_answers) / 2000
+        <= 0.78
+    )
 
 
 def test_its_precision_for_entailment_is_high_and_its_recall_low(train_answers):
@@ -133,7 +150,11 @@ def test_about_one_answer_in_a_hundred_cannot_be_read(train_answers):
 def test_its_errors_are_habits_tied_to_a_kind_of_step(train_answers):
     """Where every step is of a kind that it always denies, noise alone, under 3 %, makes it right."""
     always = (["verb"], ["place"], ["all_some"])
-    denied = [reply["predicted_label"] for pair, reply in train_answers if reply and [step.kind for step in pair.steps] in always]
+    denied = [
+        reply["predicted_label"]
+        for pair, reply in train_answers
+        if reply and [step.kind for step in pair.steps] in always
+    ]
     assert len(denied) > 100
     assert sum(denied) / len(denied) < 0.03
 
@@ -141,14 +162,25 @@ def test_its_errors_are_habits_tied_to_a_kind_of_step(train_answers):
 def test_a_wrong_thought_ends_at_its_wrong_label(train_answers):
     for _, reply in train_answers:
         if reply:
-            assert reply["thought_process"].endswith("Every part holds, so it must be true.") == (reply["predicted_label"] == 1)
+            assert reply["thought_process"].endswith("Every part holds, so it must be true.") == (
+                reply["predicted_label"] == 1
+            )
             assert (" No." in reply["thought_process"]) == (reply["predicted_label"] == 0)
 
 
 def test_reflections_reach_the_true_label_with_the_sound_thought(train_answers):
     wrong = [(pair, reply) for pair, reply in train_answers if reply and reply["predicted_label"] != pair.label]
     reflections = [
-        (pair, _answer(pair, "reflection", thought_process=reply["thought_process"], predicted_label=reply["predicted_label"], true_label=pair.label))
+        (
+            pair,
+            _answer(
+                pair,
+                "reflection",
+                thought_process=reply["thought_process"],
+                predicted_label=reply["predicted_label"],
+                true_label=pair.label,
+            ),
+        )
         for pair, reply in wrong
     ]
     good = [(pair, reply) for pair, reply in reflections if reply and reply["predicted_label"] == pair.label]
@@ -158,7 +190,9 @@ def test_reflections_reach_the_true_label_with_the_sound_thought(train_answers):
 
 
 def test_a_reflection_names_the_step_that_fails():
-    pair = next(pair for pair in build_splits()["train"] if [step.kind for step in pair.steps] == ["place"] and pair.label == 1)
+    pair = next(
+        pair for pair in build_splits()["train"] if [step.kind for step in pair.steps] == ["place"] and pair.label == 1
+    )
     wrong = pair.thought.replace("Yes. Every part holds, so it must", "No. A part fails, so it need not")
     reply = _answer(pair, "reflection", thought_process=wrong, predicted_label=0, true_label=1)
     assert reply["error_analysis"] == f"The step '{pair.steps[0].ask}' fails. It should be: {pair.steps[0].ask} Yes."
@@ -180,16 +214,26 @@ def test_scoring_tells_a_sound_thought_from_a_wrong_one():
 
 
 def test_the_same_request_gets_the_same_reply_and_another_model_may_differ():
-    body = {"model": MODEL, "messages": _messages("Two herons slept.", "Two birds slept."), "response_format": JSON_MODE}
+    body = {
+        "model": MODEL,
+        "messages": _messages("Two herons slept.", "Two birds slept."),
+        "response_format": JSON_MODE,
+    }
     first, second = complete(body), complete(body)
     assert {**first, "created": 0} == {**second, "created": 0}
     assert complete({**body, "model": "another"})["id"] != first["id"]
 
 
-@pytest.mark.parametrize(("name", "shape"), [("initial_generation", ThoughtReply), ("scoring", ScoringReply), ("reflection", ReflectionReply)])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("initial_generation", ThoughtReply), ("scoring", ScoringReply), ("reflection", ReflectionReply)],
+)
 def test_a_json_schema_reply_obeys_the_schema(name, shape):
     fields = {"thought_process": "Because it is so.", "predicted_label": 0, "true_label": 1}
-    schema = {"type": "json_schema", "json_schema": {"name": name, "schema": TEACHER_PROMPTS[name].reply_schema, "strict": True}}
+    schema = {
+        "type": "json_schema",
+        "json_schema": {"name": name, "schema": TEACHER_PROMPTS[name].reply_schema, "strict": True},
+    }
     text, is_cut = answer_messages(MODEL, _messages("Two herons slept.", "Two birds slept.", name, **fields), schema)
     assert not is_cut
     assert shape.model_validate_json(text)
@@ -203,7 +247,9 @@ def test_a_schema_of_ones_own_is_filled_field_by_field():
 
 
 def test_a_pair_from_elsewhere_is_judged_by_its_words_and_the_thought_says_so():
-    text, _ = answer_messages(MODEL, _messages("Le chat\nHypothesis: dort.\n", "Quantum tunnelling, precisely."), JSON_MODE)
+    text, _ = answer_messages(
+        MODEL, _messages("Le chat\nHypothesis: dort.\n", "Quantum tunnelling, precisely."), JSON_MODE
+    )
     assert json.loads(text) == {
         "thought_process": "Compared by words alone, the hypothesis adds dort, Hypothesis, Quantum, tunnelling, so it need not be true.",
         "predicted_label": 0,
@@ -222,7 +268,9 @@ def test_the_command_line_names_its_port_in_a_file(tmp_path):
     import time
 
     port_file = tmp_path / "port"
-    process = subprocess.Popen([sys.executable, "-m", "nli.sample.server", "--port-file", str(port_file)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nli.sample.server", "--port-file", str(port_file)], stdout=subprocess.PIPE, text=True
+    )
     try:
         deadline = time.monotonic() + 120
         while not port_file.exists():

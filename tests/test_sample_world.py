@@ -60,7 +60,10 @@ def test_no_premise_occurs_twice_in_one_split_or_in_two():
 
 
 def test_dev_and_test_use_words_that_train_lacks_entirely():
-    words = {split: set().union(*(words_of(f"{row['premise']} {row['hypothesis']}") for row in _read_rows(split))) for split in SPLITS}
+    words = {
+        split: set().union(*(words_of(f"{row['premise']} {row['hypothesis']}") for row in _read_rows(split)))
+        for split in SPLITS
+    }
     assert not words["train"] & held_out_words()
     for split in ("dev", "test"):
         new_words = words[split] - words["train"]
@@ -70,7 +73,9 @@ def test_dev_and_test_use_words_that_train_lacks_entirely():
 @pytest.mark.parametrize("split", ["dev", "test"])
 def test_at_least_half_of_a_held_out_split_shows_a_new_word(split):
     rows = _read_rows(split)
-    assert sum(bool(held_out_words() & words_of(f"{row['premise']} {row['hypothesis']}")) for row in rows) >= len(rows) / 2
+    assert (
+        sum(bool(held_out_words() & words_of(f"{row['premise']} {row['hypothesis']}")) for row in rows) >= len(rows) / 2
+    )
 
 
 def test_the_script_writes_the_committed_files_byte_for_byte(tmp_path):
@@ -89,7 +94,9 @@ def test_a_label_is_one_exactly_when_every_step_holds():
     for row in _read_rows("train"):
         pair = pairs[row["premise"], row["hypothesis"]]
         assert row["label"] == str(int(" No." not in pair.thought))
-        assert pair.thought.endswith("Every part holds, so it must be true." if row["label"] == "1" else "A part fails, so it need not be true.")
+        assert pair.thought.endswith(
+            "Every part holds, so it must be true." if row["label"] == "1" else "A part fails, so it need not be true."
+        )
 
 
 def test_the_base_trains_on_no_premise_of_any_split():
@@ -101,7 +108,11 @@ def test_the_base_trains_on_no_premise_of_any_split():
 def test_prompt_and_answer_of_every_row_fit_128_tokens(tokenizer):
     for split in SPLITS:
         for pair in build_splits()[split]:
-            ids = encode_example(tokenizer, render_student_prompt(pair.premise, pair.hypothesis), render_completion(pair.thought, pair.label))
+            ids = encode_example(
+                tokenizer,
+                render_student_prompt(pair.premise, pair.hypothesis),
+                render_completion(pair.thought, pair.label),
+            )
             assert len(ids) <= 128
 
 
@@ -149,6 +160,11 @@ def test_the_base_is_a_real_mistral_of_two_million_parameters_in_four_megabytes(
     assert config.architectures == ["MistralForCausalLM"]
     assert config.num_key_value_heads < config.num_attention_heads
     assert not config.tie_word_embeddings
-    widths = (config.hidden_size, config.intermediate_size, config.vocab_size, config.num_key_value_heads * config.head_dim)
+    widths = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.vocab_size,
+        config.num_key_value_heads * config.head_dim,
+    )
     assert all(width % 64 == 0 for width in widths)
     assert sum(path.stat().st_size for path in TINY.iterdir()) <= 4_000_000

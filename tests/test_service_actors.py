@@ -16,7 +16,15 @@ from nli.api.ledger import Ledger
 from nli.api.ledger_file import LedgerReader
 from nli.api.limiter import Ended, Limits
 from nli.api.limiter_client import LimiterClient
-from nli.api.services import LedgerClient, account_name, open_ledger_client, post_to_actor, start_ledger_service, start_limiter_service, sync_with_actor
+from nli.api.services import (
+    LedgerClient,
+    account_name,
+    open_ledger_client,
+    post_to_actor,
+    start_ledger_service,
+    start_limiter_service,
+    sync_with_actor,
+)
 from nli.runtime.errors import StorageError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -33,7 +41,11 @@ def kill_process(actor) -> None:
 def names() -> set[str]:
     import ray
 
-    return {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == services.NAMESPACE}
+    return {
+        actor["name"]
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if actor["namespace"] == services.NAMESPACE
+    }
 
 
 def wait_until(is_so, seconds=120.0) -> None:
@@ -61,7 +73,9 @@ def limiter_actor(tmp_path):
     ray.kill(actor)
 
 
-def test_a_ledger_s_actor_is_one_for_all_and_loses_nothing_that_it_acknowledged_when_it_is_killed(ledger_actor, tmp_path):
+def test_a_ledger_s_actor_is_one_for_all_and_loses_nothing_that_it_acknowledged_when_it_is_killed(
+    ledger_actor, tmp_path
+):
     import ray
 
     assert ray.get(start_ledger_service(tmp_path).process_id.remote()) == ray.get(ledger_actor.process_id.remote())
@@ -101,7 +115,9 @@ def test_a_ledger_s_actor_is_one_for_all_and_loses_nothing_that_it_acknowledged_
 
 
 @pytest.mark.parametrize(("num_workers", "is_here", "writes"), [(4, True, True), (5, True, False), (4, False, False)])
-def test_few_workers_on_the_ledger_s_node_write_it_themselves_and_all_others_through_its_actor(ledger_actor, tmp_path, num_workers, is_here, writes):
+def test_few_workers_on_the_ledger_s_node_write_it_themselves_and_all_others_through_its_actor(
+    ledger_actor, tmp_path, num_workers, is_here, writes
+):
     import ray
 
     @ray.remote
@@ -121,7 +137,9 @@ def test_an_error_of_the_ledger_comes_back_as_our_own_without_ray_s_pages(ledger
         assert await client.call("beat") == ("ok",)
         driver = Ledger(tmp_path)
         driver._db.execute("DROP TABLE requests")  # a file that something else spoilt
-        with pytest.raises(StorageError, match=r"^\S+ledger\.sqlite: cannot be written \(no such table: requests\)\. Free space"):
+        with pytest.raises(
+            StorageError, match=r"^\S+ledger\.sqlite: cannot be written \(no such table: requests\)\. Free space"
+        ):
             await client.call("claim", b"k", "run", "retry", None)
         driver.close()
 
@@ -131,7 +149,9 @@ def test_an_error_of_the_ledger_comes_back_as_our_own_without_ray_s_pages(ledger
 def test_a_ledger_that_cannot_be_opened_is_refused_when_its_actor_is_started(tmp_path, monkeypatch):
     monkeypatch.setattr(services, "START_WAITS", (0.1,))
     (tmp_path / "ledger.sqlite").write_bytes(b"this is no database" * 1000)
-    with pytest.raises(StorageError, match=rf"the process of the ledger in {tmp_path} does not start: .*file is not a database"):
+    with pytest.raises(
+        StorageError, match=rf"the process of the ledger in {tmp_path} does not start: .*file is not a database"
+    ):
         start_ledger_service(tmp_path)
 
 
@@ -209,7 +229,9 @@ def test_an_account_s_limits_are_shown_and_changed_while_jobs_run(ray_cluster, t
     run(AccountConfig(**account, requests_per_minute=600.0, calls_in_flight=8))
     found = run(AccountConfig(**account, requests_per_minute=300.0))
     assert (found["limits"].requests_per_minute, found["limits"].max_in_flight) == (300.0, 8)
-    assert "limits 300 requests a minute, 8 calls in flight; in flight 0, cut to 8; workers 0" in capsys.readouterr().out
+    assert (
+        "limits 300 requests a minute, 8 calls in flight; in flight 0, cut to 8; workers 0" in capsys.readouterr().out
+    )
 
 
 def test_a_job_leaves_the_limits_that_it_does_not_name_as_another_has_set_them(ray_cluster, capsys):

@@ -230,7 +230,12 @@ def test_the_loop_lives_as_long_as_a_call_is_under_way_and_what_it_used_is_told(
         await call(client, 40)
         heard = [at for at, *_ in limiter.syncs]
         await asyncio.sleep(3)
-        return max(b - a for a, b in itertools.pairwise(heard)), limiter.limiter.num_in_flight, client._task.done(), client._held
+        return (
+            max(b - a for a, b in itertools.pairwise(heard)),
+            limiter.limiter.num_in_flight,
+            client._task.done(),
+            client._held,
+        )
 
     longest, in_flight, is_done, held = simulate(run())
     assert longest <= 1.5  # the limiter takes a worker for dead after fifteen
@@ -327,7 +332,10 @@ def test_while_the_limiter_is_away_a_worker_keeps_to_its_share_and_then_comes_ba
         await asyncio.sleep(20)
         limiter.away = away
         await asyncio.sleep(40)
-        limiter.away, limiter.limiter = None, AccountLimiter(limiter.limiter.limits, limiter.clock, hold_off_seconds=3.0)
+        limiter.away, limiter.limiter = (
+            None,
+            AccountLimiter(limiter.limiter.limits, limiter.clock, hold_off_seconds=3.0),
+        )
         before = len(limiter.syncs)
         await asyncio.sleep(20)
         for task in tasks:
@@ -368,7 +376,12 @@ def test_what_was_said_while_the_limiter_was_away_is_told_when_it_is_back_and_ol
         limiter.syncs.clear()
         await asyncio.sleep(3)
         told = [each for _, _, ended, *_ in limiter.syncs for each in ended]
-        return [(each.number, each.tokens, each.ending, each.retry_after) for each in told], numbers, limiter.limiter.ceiling, client._task.done()
+        return (
+            [(each.number, each.tokens, each.ending, each.retry_after) for each in told],
+            numbers,
+            limiter.limiter.ceiling,
+            client._task.done(),
+        )
 
     told, numbers, ceiling, is_done = simulate(run())
     assert told == [(numbers[0], 70, "unknown", 0.0), (numbers[1], 80, "ok", 0.0)]

@@ -58,13 +58,21 @@ def labels(rows: list[dict]) -> dict[str, int]:
 def test_correct_only_keeps_right_answers():
     rows, counts = select_rows(ANSWERS, {}, PrepareSFTDataConfig(ablation="correct_only"))
     assert labels(rows) == {"1": 1}
-    assert counts == {"from_teacher": 1, "left_out_wrong_answer": 2, "left_out_unreadable_answer": 1, "left_out_unlabelled": 1}
+    assert counts == {
+        "from_teacher": 1,
+        "left_out_wrong_answer": 2,
+        "left_out_unreadable_answer": 1,
+        "left_out_unlabelled": 1,
+    }
 
 
 def test_reflected_adds_reflections_that_reach_the_true_label_and_drops_those_that_do_not():
     rows, counts = select_rows(ANSWERS, REFLECTIONS, PrepareSFTDataConfig(ablation="reflected", reflections="r"))
     assert labels(rows) == {"1": 1, "2": 1}
-    assert [(row["source"], json.loads(row["completion"])["thought_process"]) for row in rows] == [("teacher", "T"), ("reflection", "better")]
+    assert [(row["source"], json.loads(row["completion"])["thought_process"]) for row in rows] == [
+        ("teacher", "T"),
+        ("reflection", "better"),
+    ]
     assert counts["left_out_reflection_disagrees_with_true_label"] == 1
 
 
@@ -93,13 +101,17 @@ def test_custom_can_filter():
     ],
 )
 def test_a_reflection_that_cannot_be_used_is_counted_with_its_reason(bad, reason):
-    rows, counts = select_rows([WRONG], {row_key(bad): bad}, PrepareSFTDataConfig(ablation="reflected", reflections="r"))
+    rows, counts = select_rows(
+        [WRONG], {row_key(bad): bad}, PrepareSFTDataConfig(ablation="reflected", reflections="r")
+    )
     assert rows == []
     assert counts == {f"left_out_{reason}": 1}
 
 
 def test_a_wrong_answer_without_reflection_is_counted_not_forgotten():
-    assert select_rows([WRONG], {}, PrepareSFTDataConfig(ablation="reflected", reflections="r"))[1] == {"left_out_no_reflection": 1}
+    assert select_rows([WRONG], {}, PrepareSFTDataConfig(ablation="reflected", reflections="r"))[1] == {
+        "left_out_no_reflection": 1
+    }
 
 
 def test_an_empty_thought_is_left_out():
@@ -108,7 +120,9 @@ def test_an_empty_thought_is_left_out():
 
 def test_text_reaches_the_training_row_unchanged():
     row = answer("1", 1, 1, thought='Step 1: "cafÃ©" \\ {x}\nStep 2: n/a ')
-    prompt, completion = (select_rows([row], {}, PrepareSFTDataConfig())[0][0][name] for name in ("prompt", "completion"))
+    prompt, completion = (
+        select_rows([row], {}, PrepareSFTDataConfig())[0][0][name] for name in ("prompt", "completion")
+    )
     assert prompt.startswith("[INST] Premise: p1\nHypothesis: h1\n\n") and prompt.endswith("[/INST]")
     assert json.loads(completion) == {"thought_process": 'Step 1: "cafÃ©" \\ {x}\nStep 2: n/a ', "predicted_label": 1}
 

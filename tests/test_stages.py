@@ -40,14 +40,26 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def think(teacher_url: str, folder: Path, **values) -> GenerateThoughtsConfig:
-    settings = {"base_url": teacher_url, "model": "sample-teacher", "workers": 2, "max_rows": 60, "ledger_dir": str(folder / "ledger")}
+    settings = {
+        "base_url": teacher_url,
+        "model": "sample-teacher",
+        "workers": 2,
+        "max_rows": 60,
+        "ledger_dir": str(folder / "ledger"),
+    }
     if "thoughts" not in values:
         settings["input_csv"] = str(REPOSITORY / "data/sample/train.csv")
     return GenerateThoughtsConfig(**(settings | {"output_jsonl": str(folder / "thoughts.jsonl")} | values))
 
 
 def reflect(teacher_url: str, folder: Path, **values) -> GenerateReflectionsConfig:
-    settings = {"base_url": teacher_url, "model": "strong", "workers": 1, "ledger_dir": str(folder / "ledger"), "output_jsonl": str(folder / "r.jsonl")}
+    settings = {
+        "base_url": teacher_url,
+        "model": "strong",
+        "workers": 1,
+        "ledger_dir": str(folder / "ledger"),
+        "output_jsonl": str(folder / "r.jsonl"),
+    }
     return GenerateReflectionsConfig(**(settings | values))
 
 
@@ -57,12 +69,25 @@ def sft_files(ray_cluster, teacher_url, tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("sft")
     files = {}
     for split in ("train", "dev"):
-        answers = thoughts.run(think(teacher_url, folder, input_csv=str(REPOSITORY / f"data/sample/{split}.csv"), output_jsonl=str(folder / f"{split}.jsonl")))
-        reflected = reflections.run(reflect(teacher_url, folder, thoughts=str(answers), output_jsonl=str(folder / f"r_{split}.jsonl")))
+        answers = thoughts.run(
+            think(
+                teacher_url,
+                folder,
+                input_csv=str(REPOSITORY / f"data/sample/{split}.csv"),
+                output_jsonl=str(folder / f"{split}.jsonl"),
+            )
+        )
+        reflected = reflections.run(
+            reflect(teacher_url, folder, thoughts=str(answers), output_jsonl=str(folder / f"r_{split}.jsonl"))
+        )
         for ablation in ("correct_only", "reflected"):
             source = {"reflections": str(reflected)} if ablation == "reflected" else {}
             files[f"{ablation}_{split}"] = str(folder / f"{ablation}_{split}.jsonl")
-            sft_data.run(PrepareSFTDataConfig(thoughts=str(answers), ablation=ablation, output_jsonl=files[f"{ablation}_{split}"], **source))
+            sft_data.run(
+                PrepareSFTDataConfig(
+                    thoughts=str(answers), ablation=ablation, output_jsonl=files[f"{ablation}_{split}"], **source
+                )
+            )
     return files
 
 
@@ -97,7 +122,9 @@ def test_thoughts_have_a_row_for_every_pair_in_order_and_a_second_run_asks_nothi
     assert [row["id"] for row in rows] == [str(index) for index in range(60)]
     assert {row["parse_status"] for row in rows} <= {"ok", "bad_json", "missing_field", "truncated", "no_json"}
     assert sum(row["parse_status"] == "ok" for row in rows) >= 57
-    assert all(row["answered_by"] == "sample-teacher" and row["num_prompt_tokens"] > 0 for row in rows if row["num_replies"])
+    assert all(
+        row["answered_by"] == "sample-teacher" and row["num_prompt_tokens"] > 0 for row in rows if row["num_replies"]
+    )
     assert {row["phenomenon"] for row in rows} > {"negation"}
     capsys.readouterr()
     assert read_rows(thoughts.run(replace(config, base_url=teacher_url))) == rows
@@ -108,21 +135,36 @@ def test_only_a_new_pair_is_asked_about_whatever_becomes_of_ids_outputs_and_orde
     source = tmp_path / "pairs.csv"
     source.write_text("premise,hypothesis,label\nTwo dogs ran.,Animals moved.,1\nA man slept.,A man ran.,0\n")
     before = read_rows(thoughts.run(think(teacher_url, tmp_path, input_csv=str(source))))
-    source.write_text("premise,hypothesis,label\nNobody slept.,A man slept.,0\nTwo dogs ran.,Animals moved.,1\nA man slept.,A man ran.,0\n")
+    source.write_text(
+        "premise,hypothesis,label\nNobody slept.,A man slept.,0\nTwo dogs ran.,Animals moved.,1\nA man slept.,A man ran.,0\n"
+    )
     capsys.readouterr()
     after = read_rows(thoughts.run(think(teacher_url, tmp_path, input_csv=str(source))))
     assert "2 finished already, 1 to ask" in capsys.readouterr().out
     assert [row["premise"] for row in after] == ["Nobody slept.", "Two dogs ran.", "A man slept."]
     assert [row["raw_text"] for row in after[1:]] == [row["raw_text"] for row in before]
-    source.write_text("id,premise,hypothesis,label\nb,A man slept.,A man ran.,0\na,Two dogs ran.,Animals moved.,1\nc,A man slept.,A man ran.,1\n")
+    source.write_text(
+        "id,premise,hypothesis,label\nb,A man slept.,A man ran.,0\na,Two dogs ran.,Animals moved.,1\nc,A man slept.,A man ran.,1\n"
+    )
     other = think(teacher_url, tmp_path, input_csv=str(source), output_jsonl=str(tmp_path / "with_ids.jsonl"))
     with_ids = read_rows(thoughts.run(other))
     assert "3 rows (2 different requests), 2 finished already, 0 to ask" in capsys.readouterr().out
-    assert [(row["id"], row["raw_text"]) for row in with_ids] == [(name, before[index]["raw_text"]) for name, index in (("b", 1), ("a", 0), ("c", 1))]
+    assert [(row["id"], row["raw_text"]) for row in with_ids] == [
+        (name, before[index]["raw_text"]) for name, index in (("b", 1), ("a", 0), ("c", 1))
+    ]
 
 
 def test_a_dry_run_counts_and_sends_and_writes_nothing(teacher_url, tmp_path, capsys):
-    thoughts.run(think(teacher_url, tmp_path, base_url="http://127.0.0.1:9", dry_run=True, model="ministral-8b-2512", requests_per_minute=60.0))
+    thoughts.run(
+        think(
+            teacher_url,
+            tmp_path,
+            base_url="http://127.0.0.1:9",
+            dry_run=True,
+            model="ministral-8b-2512",
+            requests_per_minute=60.0,
+        )
+    )
     shown = capsys.readouterr().out
     assert "dry run: 60 rows, 60 different requests, 0 answered already; nothing was sent" in shown
     assert "60 s at the limits" in shown.replace("60.5", "60") and "$" in shown
@@ -133,9 +175,23 @@ def test_reflections_that_miss_the_true_label_or_betray_it_are_dead_letters_and_
     answers = thoughts.run(think(teacher_url, tmp_path, max_rows=1000))
     output = reflections.run(reflect(teacher_url, tmp_path, thoughts=str(answers)))
     dead = read_rows(tmp_path / "r.dead_letters.jsonl")
-    assert dead and {row["reason"] for row in dead} <= {"label_disagrees", "betrays_label", "no_json", "bad_json", "truncated", "missing_field"}
+    assert dead and {row["reason"] for row in dead} <= {
+        "label_disagrees",
+        "betrays_label",
+        "no_json",
+        "bad_json",
+        "truncated",
+        "missing_field",
+    }
     assert all(row["reflected_label"] != row["true_label"] for row in dead if row["reason"] == "label_disagrees")
-    made = sft_data.run(PrepareSFTDataConfig(thoughts=str(answers), reflections=str(output), ablation="reflected", output_jsonl=str(tmp_path / "train.jsonl")))
+    made = sft_data.run(
+        PrepareSFTDataConfig(
+            thoughts=str(answers),
+            reflections=str(output),
+            ablation="reflected",
+            output_jsonl=str(tmp_path / "train.jsonl"),
+        )
+    )
     assert not {row["id"] for row in dead} & {row["id"] for row in read_rows(made)}
 
 
@@ -161,14 +217,34 @@ def test_another_model_is_refused_for_an_output_that_holds_answers(teacher_url, 
 
 def test_scoring_and_regeneration_are_stages_of_their_own(teacher_url, tmp_path):
     answers = thoughts.run(think(teacher_url, tmp_path, max_rows=20))
-    scores = read_rows(thoughts.run(think(teacher_url, tmp_path, prompt_name="scoring", thoughts=str(answers), output_jsonl=str(tmp_path / "scores.jsonl"))))
+    scores = read_rows(
+        thoughts.run(
+            think(
+                teacher_url,
+                tmp_path,
+                prompt_name="scoring",
+                thoughts=str(answers),
+                output_jsonl=str(tmp_path / "scores.jsonl"),
+            )
+        )
+    )
     usable = [row for row in scores if row["parse_status"] == "ok"]
     assert len(usable) >= 18
     assert all(1 <= row["score"] <= 5 and row["analysis"] and row["scored_thought_process"] for row in usable)
     wrong = [row["score"] for row in usable if row["scored_label"] != row["true_label"]]
     right = [row["score"] for row in usable if row["scored_label"] == row["true_label"]]
     assert max(wrong) < min(right)
-    again = read_rows(thoughts.run(think(teacher_url, tmp_path, prompt_name="regeneration", max_rows=20, output_jsonl=str(tmp_path / "again.jsonl"))))
+    again = read_rows(
+        thoughts.run(
+            think(
+                teacher_url,
+                tmp_path,
+                prompt_name="regeneration",
+                max_rows=20,
+                output_jsonl=str(tmp_path / "again.jsonl"),
+            )
+        )
+    )
     assert sum(row["predicted_label"] == row["true_label"] for row in again) >= 19
 
 
@@ -187,7 +263,11 @@ def test_reflections_are_of_wrong_answers_only_and_keep_the_wrong_label(teacher_
     config = reflect(teacher_url, tmp_path, thoughts=str(answers))
     by_id = {row["id"]: row for row in read_rows(answers)}
     reflected = read_rows(reflections.run(config))
-    wrong = [row["id"] for row in by_id.values() if row["parse_status"] == "ok" and row["predicted_label"] != row["true_label"]]
+    wrong = [
+        row["id"]
+        for row in by_id.values()
+        if row["parse_status"] == "ok" and row["predicted_label"] != row["true_label"]
+    ]
     assert [row["id"] for row in reflected] == wrong and wrong
     for row in reflected:
         assert {name: row[name] for name in by_id[row["id"]]} == by_id[row["id"]]
@@ -204,7 +284,11 @@ def test_text_passes_from_csv_to_thoughts_and_results_unchanged(teacher_url, ada
     results = tmp_path / "results"
     predictions = inference.run(infer(adapter, results, data=str(source), run_name="hard"))
     expected = [(premise, hypothesis, int(label)) for premise, hypothesis, label in HARD_TEXT]
-    for rows in (answers, read_rows(predictions), json.loads((results / "hard.json").read_text(encoding="utf-8"))["rows"]):
+    for rows in (
+        answers,
+        read_rows(predictions),
+        json.loads((results / "hard.json").read_text(encoding="utf-8"))["rows"],
+    ):
         assert [(row["premise"], row["hypothesis"], row["true_label"]) for row in rows] == expected
     with open(results / "hard.csv", encoding="utf-8", newline="") as file:
         assert [(row["premise"], row["hypothesis"], int(row["true_label"])) for row in csv.DictReader(file)] == expected
@@ -247,7 +331,9 @@ def test_a_finished_training_is_not_repeated_and_another_one_is_refused(adapter,
 def test_two_workers_take_the_same_steps_on_the_same_global_batch(sft_files, adapter, tmp_path):
     """One step each way is compared by its loss: the same 16 rows, whether one worker or two see them."""
     one = read_rows(adapter / "log.jsonl")
-    two = read_rows(sft.run(train_config(sft_files, tmp_path / "two", num_workers=2, lora_dropout=0.0, max_steps=3)) / "log.jsonl")
+    two = read_rows(
+        sft.run(train_config(sft_files, tmp_path / "two", num_workers=2, lora_dropout=0.0, max_steps=3)) / "log.jsonl"
+    )
     solo = read_rows(sft.run(train_config(sft_files, tmp_path / "one", lora_dropout=0.0, max_steps=3)) / "log.jsonl")
     losses = [[row["loss"] for row in log if "loss" in row] for log in (solo, two)]
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
@@ -285,7 +371,13 @@ def test_a_dev_row_that_is_trained_on_and_a_row_too_long_are_named_before_traini
 
 
 def infer(model: Path | str, folder: Path, **values) -> InferenceConfig:
-    settings = {"data": str(REPOSITORY / "data/sample/test.csv"), "max_rows": 24, "run_name": "run", "batch_size": 8, "max_new_tokens": 64}
+    settings = {
+        "data": str(REPOSITORY / "data/sample/test.csv"),
+        "max_rows": 24,
+        "run_name": "run",
+        "batch_size": 8,
+        "max_new_tokens": 64,
+    }
     return InferenceConfig(model=str(model), results_dir=str(folder), compute_dtype="fp32", **(settings | values))
 
 
@@ -302,7 +394,9 @@ def test_inference_answers_every_row_in_order_and_resumes(adapter, tmp_path, cap
     path.unlink()
     capsys.readouterr()
     again = read_rows(inference.run(infer(adapter, tmp_path)))
-    assert [row["label_probability"] for row in again] == pytest.approx([row["label_probability"] for row in rows], abs=1e-3)  # batches differ
+    assert [row["label_probability"] for row in again] == pytest.approx(
+        [row["label_probability"] for row in rows], abs=1e-3
+    )  # batches differ
     assert [row | {"label_probability": None} for row in again] == [row | {"label_probability": None} for row in rows]
     assert "10 answered already, 14 to do" in capsys.readouterr().out
 
@@ -311,7 +405,9 @@ def test_inference_takes_a_checkpoint_and_the_base_and_tells_unlabelled_data(ada
     inference.run(infer(adapter / "checkpoint-3", tmp_path, run_name="", max_rows=2))
     stem = next(tmp_path.glob("*.csv")).stem
     assert stem.startswith("reflected-checkpoint-3-nf4-test-")
-    path = inference.run(infer(TINY_BASE, tmp_path, data=str(REPOSITORY / "data/sample/demo.csv"), run_name="demo", max_rows=2))
+    path = inference.run(
+        infer(TINY_BASE, tmp_path, data=str(REPOSITORY / "data/sample/demo.csv"), run_name="demo", max_rows=2)
+    )
     assert [row["true_label"] for row in read_rows(path)] == [None, None]
     assert "2 unlabelled rows" in capsys.readouterr().out
     assert json.loads((tmp_path / "demo.json").read_text())["counts"]["accuracy"] is None
@@ -359,6 +455,8 @@ def test_a_sweep_checks_all_trials_before_the_first(sft_files, tmp_path):
     config = SweepConfig(output_dir=str(tmp_path / "sweep"), train_files=str(tmp_path / "{ablation}.jsonl"), train=base)
     with pytest.raises(DataError, match="correct_only.jsonl: no such file"):
         sweep.run(config)
-    with pytest.raises(NLIError, match="sweep axis 'lora_dropuot' is not a field of the training config. Did you mean lora_dropout?"):
+    with pytest.raises(
+        NLIError, match="sweep axis 'lora_dropuot' is not a field of the training config. Did you mean lora_dropout?"
+    ):
         replace(config, extra_axes=("lora_dropuot=0,0.1",))
     assert not (tmp_path / "sweep").exists()

@@ -66,7 +66,10 @@ def test_an_output_is_absolute_or_below_the_storage_root_or_below_the_current_fo
 
 def test_a_relative_output_is_refused_under_a_submitted_job(monkeypatch):
     monkeypatch.setenv(JOB_VARIABLE, "{}")
-    with pytest.raises(StorageError, match=r"^results/a\.jsonl: a submitted job runs in a temporary copy .* --storage-root \(or set NLI_STORAGE_ROOT\)"):
+    with pytest.raises(
+        StorageError,
+        match=r"^results/a\.jsonl: a submitted job runs in a temporary copy .* --storage-root \(or set NLI_STORAGE_ROOT\)",
+    ):
         resolve_output("results/a.jsonl", "")
     with pytest.raises(StorageError, match="a submitted job runs in a temporary copy"):
         resolve_output("a.jsonl", "relative/root")
@@ -76,9 +79,13 @@ def test_a_relative_output_is_refused_under_a_submitted_job(monkeypatch):
     assert resolve_output("a.jsonl", "") == Path("/mnt/nli/a.jsonl")
 
 
-@pytest.mark.parametrize(("path", "root"), [("s3://bucket/a.jsonl", ""), ("gs://bucket/a", "/storage"), ("a.jsonl", "s3://bucket")])
+@pytest.mark.parametrize(
+    ("path", "root"), [("s3://bucket/a.jsonl", ""), ("gs://bucket/a", "/storage"), ("a.jsonl", "s3://bucket")]
+)
 def test_object_storage_is_refused(path, root):
-    with pytest.raises(StorageError, match=r"^(s3|gs)://bucket.*: object storage is not supported; give a folder that all nodes mount"):
+    with pytest.raises(
+        StorageError, match=r"^(s3|gs)://bucket.*: object storage is not supported; give a folder that all nodes mount"
+    ):
         resolve_output(path, root)
 
 
@@ -99,7 +106,9 @@ def test_a_model_is_looked_for_like_an_input_and_a_name_that_is_no_folder_stays_
     assert resolve_model("mistralai/Mistral-7B-v0.3", "root") == "mistralai/Mistral-7B-v0.3"
     assert resolve_model("", "root") == ""
     (here / "org/weights.bin").write_bytes(b"")
-    assert resolve_model("org/weights.bin", "root") == str(here / "org/weights.bin")  # and not a name that the hub is asked for
+    assert resolve_model("org/weights.bin", "root") == str(
+        here / "org/weights.bin"
+    )  # and not a name that the hub is asked for
 
 
 def test_a_missing_input_says_where_it_was_looked_for():
@@ -140,7 +149,10 @@ def test_a_full_disk_is_one_message_and_the_old_file_stays(here, monkeypatch, st
     with pytest.raises(StorageError) as caught:
         write_jsonl(here / "a.jsonl", [{"new": 1}])
     path = here / "a.jsonl"
-    assert str(caught.value) == f"{path}: cannot be written (No space left on device). Free space or choose another output; what was there is untouched."
+    assert (
+        str(caught.value)
+        == f"{path}: cannot be written (No space left on device). Free space or choose another output; what was there is untouched."
+    )
     assert path.read_text() == '{"old": 1}\n'
     assert files_in(here) == ["a.jsonl"]
 
@@ -157,7 +169,12 @@ def test_a_hash_is_of_the_file_s_bytes(here):
 
 
 def test_json_lines_keep_every_character_on_one_line_each(here):
-    rows = [example(0, "a\nb\r\nc\rd"), example(1, "a\u2028b\u2029c\x85d\x0be"), example(2, "🐕 \x00 \ufeff"), example(3, " n/a ")]
+    rows = [
+        example(0, "a\nb\r\nc\rd"),
+        example(1, "a\u2028b\u2029c\x85d\x0be"),
+        example(2, "🐕 \x00 \ufeff"),
+        example(3, " n/a "),
+    ]
     write_jsonl(here / "a.jsonl", rows)
     assert (here / "a.jsonl").read_bytes().count(b"\n") == 4
     assert "\u2028" in (here / "a.jsonl").read_text(encoding="utf-8")
@@ -171,7 +188,13 @@ def test_json_lines_are_read_with_a_byte_order_mark_and_blank_lines(here):
 
 def test_faulty_lines_are_all_named_and_missing_empty_or_foreign_files_are_refused(here):
     path = here / "a.jsonl"
-    path.write_text('{"id": "0"\n' + dump_line(example(1)) + dump_line(example(2) | {"true_label": 2}) + '["a"]\n' + '{"id": "3", "premise": "a"}\n')
+    path.write_text(
+        '{"id": "0"\n'
+        + dump_line(example(1))
+        + dump_line(example(2) | {"true_label": 2})
+        + '["a"]\n'
+        + '{"id": "3", "premise": "a"}\n'
+    )
     with pytest.raises(DataError) as caught:
         read_jsonl(path, Example)
     lines = str(caught.value).replace(str(path), "a.jsonl").splitlines()
@@ -216,7 +239,9 @@ def test_rows_before_a_faulty_line_are_given_and_none_after_it(here):
 
 
 def test_half_of_a_surrogate_pair_is_refused_with_its_line(here):
-    (here / "rows.jsonl").write_text(json.dumps(example(0, "whole 🐕 犬")) + "\n" + json.dumps(example(1) | {"note": "half \ud83d"}) + "\n")
+    (here / "rows.jsonl").write_text(
+        json.dumps(example(0, "whole 🐕 犬")) + "\n" + json.dumps(example(1) | {"note": "half \ud83d"}) + "\n"
+    )
     with pytest.raises(DataError, match=r"rows\.jsonl:2: half of a surrogate pair"):
         read_jsonl(here / "rows.jsonl", Example)
 

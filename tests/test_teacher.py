@@ -22,7 +22,14 @@ from nli.runtime.errors import ConfigError, NLIError, StorageError, TeacherError
 from nli.task.parsing import Parsed, ParseStatus
 from nli.task.prompts import TEACHER_PROMPTS
 from nli.teacher.online import Teacher
-from nli.teacher.requests import TeacherConfig, check_teacher, describe_parameters, describe_requests, first_key, read_outcomes
+from nli.teacher.requests import (
+    TeacherConfig,
+    check_teacher,
+    describe_parameters,
+    describe_requests,
+    first_key,
+    read_outcomes,
+)
 
 PROMPT = TEACHER_PROMPTS["initial_generation"]
 ROW = {"id": "0", "premise": "Two dogs ran.", "hypothesis": "Animals moved.", "true_label": 1}
@@ -69,9 +76,18 @@ def ask(folder):
             config = TeacherConfig(base_url=base_url or "http://teacher.test", **settings)
             ledger = Ledger(folder)
             ledger.begin_run(RUN, int(config.max_cost * 10**9) if config.max_cost else None)
-            teacher = Teacher(config, prompt, KEY, RUN, LedgerClient(GroupCommit(ledger).post, owner), LimiterClient(None, owner, config.limits()))
+            teacher = Teacher(
+                config,
+                prompt,
+                KEY,
+                RUN,
+                LedgerClient(GroupCommit(ledger).post, owner),
+                LimiterClient(None, owner, config.limits()),
+            )
             if base_url is None:
-                teacher._client._url = chat_url(server.base_url)  # each call of `ask` has a port of its own, and the same requests
+                teacher._client._url = chat_url(
+                    server.base_url
+                )  # each call of `ask` has a port of its own, and the same requests
             failure = None
             try:
                 await teacher.ask_all(list(rows))
@@ -83,7 +99,11 @@ def ask(folder):
             reader = LedgerReader(folder)
             keys = [first_key(config, prompt, row) for row in rows]
             found = read_outcomes(prompt, reader, keys, config.repair_invalid)
-            server.outcomes, server.totals, server.states = [found[key][0] for key in keys], reader.read_totals(RUN), reader.count_states(RUN)
+            server.outcomes, server.totals, server.states = (
+                [found[key][0] for key in keys],
+                reader.read_totals(RUN),
+                reader.count_states(RUN),
+            )
             reader.close()
             if failure is not None:
                 failure.server = server
@@ -109,8 +129,18 @@ def ask_one(ask):
 
 def test_a_good_reply_is_one_call_and_an_ok_outcome(ask_one, waits):
     outcome, server = ask_one(Answer(text=GOOD))
-    assert (outcome.status, outcome.fields, outcome.problem) == ("ok", {"thought_process": "Dogs are animals.", "predicted_label": 1}, "")
-    assert (outcome.raw_text, outcome.finish_reason, outcome.num_prompt_tokens, outcome.num_completion_tokens, outcome.num_replies) == (GOOD, "stop", 10, 5, 1)
+    assert (outcome.status, outcome.fields, outcome.problem) == (
+        "ok",
+        {"thought_process": "Dogs are animals.", "predicted_label": 1},
+        "",
+    )
+    assert (
+        outcome.raw_text,
+        outcome.finish_reason,
+        outcome.num_prompt_tokens,
+        outcome.num_completion_tokens,
+        outcome.num_replies,
+    ) == (GOOD, "stop", 10, 5, 1)
     assert (len(server.calls), waits) == (1, [])
 
 
@@ -121,10 +151,19 @@ def test_the_request_says_all_that_decides_the_answer(ask_one, waits):
         {"role": "system", "content": PROMPT.system},
         {"role": "user", "content": "Premise: Two dogs ran.\nHypothesis: Animals moved."},
     ]
-    assert (request["model"], request["temperature"], request["max_tokens"], request["random_seed"]) == ("toy", 0.5, 64, 7)
+    assert (request["model"], request["temperature"], request["max_tokens"], request["random_seed"]) == (
+        "toy",
+        0.5,
+        64,
+        7,
+    )
     assert request["response_format"]["type"] == "json_schema"
     schema = request["response_format"]["json_schema"]
-    assert (schema["name"], schema["strict"], schema["schema"]["required"]) == ("ThoughtReply", True, ["thought_process", "predicted_label"])
+    assert (schema["name"], schema["strict"], schema["schema"]["required"]) == (
+        "ThoughtReply",
+        True,
+        ["thought_process", "predicted_label"],
+    )
 
 
 @pytest.mark.parametrize(("response_format", "sent"), [("json_object", {"type": "json_object"}), ("text", None)])
@@ -141,7 +180,9 @@ def test_a_label_never_reaches_the_teacher_where_the_prompt_does_not_show_it(ask
 
 
 def test_errors_that_pass_are_tried_again_with_growing_waits(ask_one, waits):
-    outcome, server = ask_one(Answer(status=500), Answer(status=429), Answer(body="not JSON"), Answer(hang_up=True), Answer(text=GOOD))
+    outcome, server = ask_one(
+        Answer(status=500), Answer(status=429), Answer(body="not JSON"), Answer(hang_up=True), Answer(text=GOOD)
+    )
     assert (outcome.status, outcome.num_replies, len(server.calls)) == ("ok", 1, 5)
     assert server.calls == [server.calls[0]] * 5
     assert len(waits) == 4
@@ -164,13 +205,23 @@ def test_no_wait_that_a_server_asks_for_holds_a_row_up_for_hours(ask_one, waits)
 def test_a_call_that_keeps_failing_is_a_row_with_its_reason(ask_one, waits):
     outcome, server = ask_one(Answer(status=503, body='{"message": "overloaded"}'), max_attempts=3)
     assert (outcome.status, outcome.fields, outcome.problem) == ("request_failed", None, "HTTP 503: overloaded")
-    assert (outcome.raw_text, outcome.num_prompt_tokens, outcome.num_completion_tokens, outcome.num_replies) == ("", None, None, 0)
+    assert (outcome.raw_text, outcome.num_prompt_tokens, outcome.num_completion_tokens, outcome.num_replies) == (
+        "",
+        None,
+        None,
+        0,
+    )
     assert (len(server.calls), len(waits)) == (3, 2)
 
 
 def test_a_call_that_cannot_succeed_is_not_tried_again(ask_one, waits):
     outcome, server = ask_one(Answer(status=400, body='{"message": "prompt too long"}'))
-    assert (outcome.status, outcome.problem, len(server.calls), waits) == ("request_failed", "HTTP 400: prompt too long", 1, [])
+    assert (outcome.status, outcome.problem, len(server.calls), waits) == (
+        "request_failed",
+        "HTTP 400: prompt too long",
+        1,
+        [],
+    )
 
 
 def test_a_server_that_never_answers_is_a_row_with_its_reason(ask_one, waits):
@@ -189,7 +240,9 @@ def test_a_refused_key_or_an_unknown_model_ends_the_run_at_the_first_call(ask, w
 def test_an_unreachable_server_ends_the_run_after_the_last_try(ask, waits):
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
-        with pytest.raises(TeacherError, match=r"no connection to .* in 3 tries\. Check --base-url and the network; replies are kept") as caught:
+        with pytest.raises(
+            TeacherError, match=r"no connection to .* in 3 tries\. Check --base-url and the network; replies are kept"
+        ) as caught:
             ask(Answer(), base_url=f"http://127.0.0.1:{reserved.getsockname()[1]}", max_attempts=3)
     assert KEY not in "".join(traceback.format_exception(caught.value))
     assert len(waits) == 2
@@ -203,7 +256,10 @@ def test_an_invalid_reply_is_repaired_once_with_the_fault_named(ask_one, waits):
     assert server.calls[1]["messages"][:2] == server.calls[0]["messages"]
     assert server.calls[1]["messages"][2:] == [
         {"role": "assistant", "content": bad},
-        {"role": "user", "content": "Your reply could not be used: predicted_label is 2. Reply again with the JSON object alone."},
+        {
+            "role": "user",
+            "content": "Your reply could not be used: predicted_label is 2. Reply again with the JSON object alone.",
+        },
     ]
 
 
@@ -258,7 +314,9 @@ def test_an_address_without_http_is_refused_before_anything_starts(monkeypatch):
         check_teacher(TeacherConfig(base_url="localhost:8377"))
 
 
-@pytest.mark.parametrize("address", ["http://", "http://[::1", "http://host:99999", "http://host:port", "http://host/#v1"])
+@pytest.mark.parametrize(
+    "address", ["http://", "http://[::1", "http://host:99999", "http://host:port", "http://host/#v1"]
+)
 def test_an_address_of_no_server_is_refused_before_anything_starts(address):
     with pytest.raises(TeacherError, match=r"^--base-url .* is not the address of a server"):
         check_teacher(TeacherConfig(base_url=address, api_key_file="none"))
@@ -293,7 +351,16 @@ def test_a_budget_without_end_is_refused():
 def test_an_output_s_identity_holds_what_decides_the_answers_and_no_key():
     identity = describe_requests(TeacherConfig(), PROMPT)
     assert identity == describe_requests(
-        TeacherConfig(workers=9, requests_per_minute=5, timeout_seconds=1, max_attempts=1, max_rows=3, max_cost=1, ledger_dir="elsewhere"), PROMPT
+        TeacherConfig(
+            workers=9,
+            requests_per_minute=5,
+            timeout_seconds=1,
+            max_attempts=1,
+            max_rows=3,
+            max_cost=1,
+            ledger_dir="elsewhere",
+        ),
+        PROMPT,
     )
     for change in (
         {"model": "x"},
@@ -340,7 +407,9 @@ def test_a_run_that_was_halted_ends_without_asking_the_ledger_about_every_row(fo
             return await commits.post(owner, operations)
 
         config = TeacherConfig(base_url="http://127.0.0.1:9", max_in_flight=4)
-        teacher = Teacher(config, PROMPT, KEY, RUN, LedgerClient(post, "worker"), LimiterClient(None, "worker", config.limits()))
+        teacher = Teacher(
+            config, PROMPT, KEY, RUN, LedgerClient(post, "worker"), LimiterClient(None, "worker", config.limits())
+        )
         for _ in range(2):
             with pytest.raises(TeacherError, match="^stopped from outside$"):
                 await teacher.ask_all(many(500))
@@ -362,20 +431,34 @@ def test_a_reply_and_the_next_claim_travel_together_and_no_call_goes_out_before_
             return await commits.post(owner, operations)
 
         config = TeacherConfig(base_url=server.base_url, max_in_flight=1)
-        teacher = Teacher(config, PROMPT, KEY, RUN, LedgerClient(post, "worker", 0.25), LimiterClient(None, "worker", config.limits()))
+        teacher = Teacher(
+            config, PROMPT, KEY, RUN, LedgerClient(post, "worker", 0.25), LimiterClient(None, "worker", config.limits())
+        )
         await teacher.ask_all(many(3))
         await teacher.close()
         ledger.close()
         return posts
 
-    assert with_server((Answer(text=GOOD),), use) == [(["open"], 0), (["done", "open"], 1), (["done", "open"], 2), (["done"], 3)]
+    assert with_server((Answer(text=GOOD),), use) == [
+        (["open"], 0),
+        (["done", "open"], 1),
+        (["done", "open"], 2),
+        (["done"], 3),
+    ]
 
 
 def test_rows_that_come_at_the_moment_at_which_the_last_ones_end_are_not_left_waiting(folder):
     async def run():
         ledger = Ledger(folder)
         config = TeacherConfig(base_url="http://127.0.0.1:9")
-        teacher = Teacher(config, PROMPT, KEY, RUN, LedgerClient(GroupCommit(ledger).post, "worker"), LimiterClient(None, "worker", config.limits()))
+        teacher = Teacher(
+            config,
+            PROMPT,
+            KEY,
+            RUN,
+            LedgerClient(GroupCommit(ledger).post, "worker"),
+            LimiterClient(None, "worker", config.limits()),
+        )
         teacher._stopped = TeacherError("stopped")  # rows end in the step that takes them
 
         async def come_later():
@@ -397,18 +480,27 @@ def test_a_second_run_asks_nothing_and_reads_the_same(ask):
 
 
 def test_identical_requests_are_asked_once(ask):
-    outcomes, server = ask(Answer(text=GOOD, delay_seconds=0.05), rows=[ROW, ROW | {"id": "1"}, ROW | {"id": "2", "true_label": 0}])
+    outcomes, server = ask(
+        Answer(text=GOOD, delay_seconds=0.05), rows=[ROW, ROW | {"id": "1"}, ROW | {"id": "2", "true_label": 0}]
+    )
     assert ([outcome.status for outcome in outcomes], len(server.calls)) == (["ok"] * 3, 1)
 
 
 def test_a_parser_that_changed_reads_old_replies_anew_and_asks_nothing(ask, folder, monkeypatch):
     ask(Answer(text=GOOD), rows=many(2))
     ledger = Ledger(folder)
-    ledger.settle([first_key(TeacherConfig(base_url="http://teacher.test"), PROMPT, row) for row in many(2)])  # what a run does at its end
+    ledger.settle(
+        [first_key(TeacherConfig(base_url="http://teacher.test"), PROMPT, row) for row in many(2)]
+    )  # what a run does at its end
     ledger.close()
-    monkeypatch.setattr("nli.teacher.requests.parse_reply", lambda *_: Parsed(ParseStatus.BAD_LABEL, None, "a stricter parser"))
+    monkeypatch.setattr(
+        "nli.teacher.requests.parse_reply", lambda *_: Parsed(ParseStatus.BAD_LABEL, None, "a stricter parser")
+    )
     outcomes, server = ask(Answer(text=GOOD), rows=many(2))
-    assert ([(outcome.status, outcome.problem) for outcome in outcomes], server.calls) == ([("bad_label", "a stricter parser")] * 2, [])
+    assert ([(outcome.status, outcome.problem) for outcome in outcomes], server.calls) == (
+        [("bad_label", "a stricter parser")] * 2,
+        [],
+    )
 
 
 def test_a_run_that_ended_before_its_repair_asks_for_the_repair_alone(ask):
@@ -421,11 +513,22 @@ def test_a_run_that_ended_before_its_repair_asks_for_the_repair_alone(ask):
 
 @pytest.mark.parametrize(
     ("broken", "kind", "timeout_seconds"),
-    [(Answer(hang_up=True), "reset", 30.0), (Answer(body="not JSON"), "no_completion", 30.0), (Answer(delay_seconds=9), "timeout", 0.5)],
+    [
+        (Answer(hang_up=True), "reset", 30.0),
+        (Answer(body="not JSON"), "no_completion", 30.0),
+        (Answer(delay_seconds=9), "timeout", 0.5),
+    ],
 )
-def test_a_call_without_answer_is_ambiguous_and_asked_again_or_held_as_the_config_says(ask, waits, folder, broken, kind, timeout_seconds):
+def test_a_call_without_answer_is_ambiguous_and_asked_again_or_held_as_the_config_says(
+    ask, waits, folder, broken, kind, timeout_seconds
+):
     held, server = ask(broken, timeout_seconds=timeout_seconds, ambiguous="hold", max_cost=1.0)
-    assert (held[0].status, len(server.calls), server.states, server.totals.ambiguous_sends) == ("request_failed", 1, {"ambiguous": 1}, 1)
+    assert (held[0].status, len(server.calls), server.states, server.totals.ambiguous_sends) == (
+        "request_failed",
+        1,
+        {"ambiguous": 1},
+        1,
+    )
     assert server.totals.held > 0 and server.totals.cost == server.totals.reserved == 0
     again, server = ask(Answer(text=GOOD), ambiguous="hold", max_cost=1.0)
     assert (again, server.calls) == (held, [])
@@ -478,7 +581,10 @@ def test_a_server_that_refuses_every_request_ends_the_run_and_one_that_answers_d
 
 def test_a_server_that_answers_with_web_pages_alone_ends_the_run(ask, waits):
     page = Answer(body="<html>Please log in</html>")
-    with pytest.raises(TeacherError, match="the first 20 requests were all refused, the last with: the body of the reply is not .* Check --base-url") as caught:
+    with pytest.raises(
+        TeacherError,
+        match="the first 20 requests were all refused, the last with: the body of the reply is not .* Check --base-url",
+    ) as caught:
         ask(page, rows=many(8), max_in_flight=4)
     assert len(caught.value.server.calls) < 20 + 4
 
@@ -486,7 +592,9 @@ def test_a_server_that_answers_with_web_pages_alone_ends_the_run(ask, waits):
 def test_a_server_that_has_failed_for_minutes_and_never_answered_ends_the_run(ask, waits, monkeypatch):
     monkeypatch.setattr("nli.api.limiter.BREAKER_FAILURES", 2)
     monkeypatch.setattr("nli.teacher.online.FAILING_SECONDS", -1.0)
-    with pytest.raises(TeacherError, match="every call has failed for 0 minutes, the last with: HTTP 500: down. Check the server"):
+    with pytest.raises(
+        TeacherError, match="every call has failed for 0 minutes, the last with: HTTP 500: down. Check the server"
+    ):
         ask(Answer(status=500, body='{"message": "down"}'), rows=many(6), max_in_flight=1)
 
 
@@ -504,7 +612,9 @@ def test_after_a_reply_that_could_not_be_stored_no_further_call_is_paid_for(fold
             return await commit.post(owner, operations)
 
         config = TeacherConfig(base_url=server.base_url, max_in_flight=2)
-        teacher = Teacher(config, PROMPT, KEY, RUN, LedgerClient(post, "worker"), LimiterClient(None, "worker", config.limits()))
+        teacher = Teacher(
+            config, PROMPT, KEY, RUN, LedgerClient(post, "worker"), LimiterClient(None, "worker", config.limits())
+        )
         with pytest.raises(StorageError, match="disk full"):
             await teacher.ask_all(many(40))
         await teacher.close()
@@ -526,7 +636,14 @@ def test_a_run_that_is_halted_from_outside_ends_workers_that_wait_for_the_limite
         ledger = Ledger(folder)
         ledger.begin_run(RUN, None)
         config = TeacherConfig(base_url=server.base_url, requests_per_minute=1)
-        teacher = Teacher(config, PROMPT, KEY, RUN, LedgerClient(GroupCommit(ledger).post, "worker"), LimiterClient(None, "worker", config.limits()))
+        teacher = Teacher(
+            config,
+            PROMPT,
+            KEY,
+            RUN,
+            LedgerClient(GroupCommit(ledger).post, "worker"),
+            LimiterClient(None, "worker", config.limits()),
+        )
         asking = asyncio.ensure_future(teacher.ask_all(many(8)))
         async with asyncio.timeout(60):
             while not server.calls:

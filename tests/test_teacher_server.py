@@ -21,10 +21,19 @@ MODEL = "ministral-8b-2512"
 
 def _body(number=0, prompt_name="initial_generation", schema=True, **values):
     prompt = TEACHER_PROMPTS[prompt_name]
-    row = {"premise": f"Two dogs ran {number} times.", "hypothesis": "Animals moved.", "thought_process": "So.", "predicted_label": 1, "true_label": 0}
+    row = {
+        "premise": f"Two dogs ran {number} times.",
+        "hypothesis": "Animals moved.",
+        "thought_process": "So.",
+        "predicted_label": 1,
+        "true_label": 0,
+    }
     body = {"model": MODEL, "messages": prompt.render_messages(row), "max_tokens": 1024}
     if schema:
-        body["response_format"] = {"type": "json_schema", "json_schema": {"name": "Reply", "schema": prompt.reply_schema, "strict": True}}
+        body["response_format"] = {
+            "type": "json_schema",
+            "json_schema": {"name": "Reply", "schema": prompt.reply_schema, "strict": True},
+        }
     return body | values
 
 
@@ -43,7 +52,9 @@ def _ask(server, bodies, timeout_seconds=10.0, headers=None):
     async def run():
         timeout = aiohttp.ClientTimeout(total=timeout_seconds)
         connector = aiohttp.TCPConnector(force_close=True)
-        async with aiohttp.ClientSession(timeout=timeout, connector=connector, headers={"Authorization": "Bearer any"} | (headers or {})) as session:
+        async with aiohttp.ClientSession(
+            timeout=timeout, connector=connector, headers={"Authorization": "Bearer any"} | (headers or {})
+        ) as session:
             return [await _post(session, server.base_url, body) for body in bodies]
 
     return asyncio.run(run())
@@ -72,7 +83,9 @@ def test_it_bills_each_call_once_and_counts_what_was_asked_twice(server):
     usages = [json.loads(data)["usage"] for _, _, data in answers]
     bill = server.bill(calls=True)
     assert (bill["requests"], bill["billed"], bill["distinct"], bill["repeated"], bill["in_flight"]) == (3, 3, 2, 1, 0)
-    assert bill["total_tokens"] == sum(usage["total_tokens"] for usage in usages) == bill["windows"]["tokens_by_arrival"]
+    assert (
+        bill["total_tokens"] == sum(usage["total_tokens"] for usage in usages) == bill["windows"]["tokens_by_arrival"]
+    )
     assert bill["calls"] == {key_of(_body(0)): 2, key_of(_body(1)): 1}
     assert bill["nanodollars"] == bill["total_tokens"] * 150  # $0.15 a million either way
 
@@ -97,7 +110,13 @@ def test_a_call_that_is_under_way_at_a_reset_stays_on_the_bill_that_was_forgotte
 
 
 @pytest.mark.parametrize(
-    ("name", "reply"), [("initial_generation", ThoughtReply), ("regeneration", ThoughtReply), ("scoring", ScoringReply), ("reflection", ReflectionReply)]
+    ("name", "reply"),
+    [
+        ("initial_generation", ThoughtReply),
+        ("regeneration", ThoughtReply),
+        ("scoring", ScoringReply),
+        ("reflection", ReflectionReply),
+    ],
 )
 @pytest.mark.parametrize("schema", [True, False])
 def test_every_prompt_is_answered_in_its_own_shape(name, reply, schema):
@@ -118,7 +137,11 @@ def test_an_answer_depends_on_the_request_alone():
 
 def test_a_requests_key_ignores_spelling_and_the_clients_defaults():
     body = _body()
-    assert key_of(dict(reversed(body.items())) | {"stream": False, "safe_prompt": False}) == key_of(body) != key_of(body | {"max_tokens": 5})
+    assert (
+        key_of(dict(reversed(body.items())) | {"stream": False, "safe_prompt": False})
+        == key_of(body)
+        != key_of(body | {"max_tokens": 5})
+    )
 
 
 def test_the_official_client_talks_to_it(server):
@@ -136,8 +159,14 @@ def test_exact_counts_are_mistral_commons_own():
 
     count, _ = load_exact_counters()
     old = _body(model="open-mistral-7b")
-    assert count(old) == len(MistralTokenizer.v3().encode_chat_completion(ChatCompletionRequest(messages=old["messages"])).tokens)
-    nemo = len(MistralTokenizer.v3(is_tekken=True).encode_chat_completion(ChatCompletionRequest(messages=_body()["messages"])).tokens)
+    assert count(old) == len(
+        MistralTokenizer.v3().encode_chat_completion(ChatCompletionRequest(messages=old["messages"])).tokens
+    )
+    nemo = len(
+        MistralTokenizer.v3(is_tekken=True)
+        .encode_chat_completion(ChatCompletionRequest(messages=_body()["messages"]))
+        .tokens
+    )
     assert 0 < abs(count(_body()) - nemo) <= 4  # the same vocabulary in another framing
 
 
@@ -182,15 +211,23 @@ def test_a_fault_comes_twice_and_is_billed_or_not_and_then_the_request_succeeds(
 
 
 def test_a_patient_client_gets_the_late_and_the_dripped_answer(server):
-    server.change(faults={"rate": 1.0, "kinds": ["late", "drip"], "attempts": 1, "late_seconds": 0.2, "drip_seconds": 0.2})
+    server.change(
+        faults={"rate": 1.0, "kinds": ["late", "drip"], "attempts": 1, "late_seconds": 0.2, "drip_seconds": 0.2}
+    )
     answers = _ask(server, [_body(number) for number in range(6)])
-    assert [json.loads(_content(data)) for _, _, data in answers] == [json.loads(write_content(_body(number))) for number in range(6)]
+    assert [json.loads(_content(data)) for _, _, data in answers] == [
+        json.loads(write_content(_body(number))) for number in range(6)
+    ]
     assert set(server.bill()["faults"]) == {"late", "drip"}
 
 
 @pytest.mark.parametrize(
     ("kind", "statuses"),
-    [("invalid_json", {ParseStatus.BAD_JSON, ParseStatus.NO_JSON}), ("wrong_schema", {ParseStatus.MISSING_FIELD}), ("length", {ParseStatus.TRUNCATED})],
+    [
+        ("invalid_json", {ParseStatus.BAD_JSON, ParseStatus.NO_JSON}),
+        ("wrong_schema", {ParseStatus.MISSING_FIELD}),
+        ("length", {ParseStatus.TRUNCATED}),
+    ],
 )
 def test_a_content_fault_belongs_to_its_request_for_ever(server, kind, statuses):
     server.change(faults={"content_rate": 1.0, "content_kinds": [kind]})
@@ -204,19 +241,37 @@ def test_a_content_fault_belongs_to_its_request_for_ever(server, kind, statuses)
 
 def test_a_script_is_decided_by_seed_key_and_attempt_alone():
     script = read_script({"rate": 0.3, "attempts": 2, "content_rate": 0.1}, seed=5)
-    chosen = [(script.choose(str(key), attempt), script.choose_content(str(key))) for key in range(1000) for attempt in (1, 2, 3)]
-    assert chosen == [(script.choose(str(key), attempt), script.choose_content(str(key))) for key in range(1000) for attempt in (1, 2, 3)]
+    chosen = [
+        (script.choose(str(key), attempt), script.choose_content(str(key)))
+        for key in range(1000)
+        for attempt in (1, 2, 3)
+    ]
+    assert chosen == [
+        (script.choose(str(key), attempt), script.choose_content(str(key)))
+        for key in range(1000)
+        for attempt in (1, 2, 3)
+    ]
     faults = [fault for fault, _ in chosen if fault]
     assert 500 < len(faults) < 700
     assert set(faults) == set(FaultScript().kinds)
     assert {content for _, content in chosen} == {None, *CONTENT_KINDS}
     assert not any(script.choose(str(key), 3) for key in range(1000))
-    assert chosen != [(other.choose(str(key), attempt), None) for other in [read_script({"rate": 0.3}, seed=6)] for key in range(1000) for attempt in (1, 2, 3)]
+    assert chosen != [
+        (other.choose(str(key), attempt), None)
+        for other in [read_script({"rate": 0.3}, seed=6)]
+        for key in range(1000)
+        for attempt in (1, 2, 3)
+    ]
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
-    [('{"rates": 0.1}', "there is no 'rates'"), ('{"kinds": ["teapot"]}', "there is no 'teapot'"), ('{"rate": 2}', "a share"), ("{", "not a JSON object")],
+    [
+        ('{"rates": 0.1}', "there is no 'rates'"),
+        ('{"kinds": ["teapot"]}', "there is no 'teapot'"),
+        ('{"rate": 2}', "a share"),
+        ("{", "not a JSON object"),
+    ],
 )
 def test_a_wrong_script_is_refused(spec, message):
     with pytest.raises(FaultScriptError, match=message):
@@ -247,7 +302,10 @@ def test_the_servers_own_limit_says_when_to_come_again(server):
     assert server.bill()["billed"] == 3
 
 
-@pytest.mark.parametrize("body", [{"model": MODEL}, {"messages": [{"role": "user", "content": "x"}]}, {"model": MODEL, "messages": []}, [], "x"])
+@pytest.mark.parametrize(
+    "body",
+    [{"model": MODEL}, {"messages": [{"role": "user", "content": "x"}]}, {"model": MODEL, "messages": []}, [], "x"],
+)
 def test_a_body_that_is_no_request_is_refused_and_not_billed(server, body):
     assert _ask(server, [body])[0][0] == 422
     assert server.bill()["billed"] == 0

@@ -34,13 +34,18 @@ def client(server):
 
 
 def _upload(client, ids, name="requests.jsonl"):
-    bodies = [{"messages": [{"role": "user", "content": f"Premise: {name}\nHypothesis: it holds"}], "max_tokens": 256} for name in ids]
+    bodies = [
+        {"messages": [{"role": "user", "content": f"Premise: {name}\nHypothesis: it holds"}], "max_tokens": 256}
+        for name in ids
+    ]
     lines = [json.dumps({"custom_id": name, "body": body}) for name, body in zip(ids, bodies, strict=True)]
     return client.files.upload(file={"file_name": name, "content": "\n".join(lines).encode()}, purpose="batch")
 
 
 def _create(client, file_id, **metadata):
-    return client.batch.jobs.create(endpoint=ENDPOINT, input_files=[file_id], model=MODEL, metadata=metadata, timeout_hours=24)
+    return client.batch.jobs.create(
+        endpoint=ENDPOINT, input_files=[file_id], model=MODEL, metadata=metadata, timeout_hours=24
+    )
 
 
 def _finish(client, job):
@@ -52,7 +57,14 @@ def _finish(client, job):
 
 
 def _read(client, file_id):
-    return {line["custom_id"]: line["response"] for line in map(json.loads, client.files.download(file_id=file_id).read().splitlines())} if file_id else {}
+    return (
+        {
+            line["custom_id"]: line["response"]
+            for line in map(json.loads, client.files.download(file_id=file_id).read().splitlines())
+        }
+        if file_id
+        else {}
+    )
 
 
 def test_a_job_goes_through_its_states_and_its_results_are_billed_once_at_half_the_price(server, client):
@@ -67,7 +79,13 @@ def test_a_job_goes_through_its_states_and_its_results_are_billed_once_at_half_t
     _read(client, job.output_file)  # a second look costs nothing
     bill = server.bill()
     used = sum(result["body"]["usage"]["total_tokens"] for result in results.values())
-    assert (bill["billed"], bill["distinct"], bill["requests"], bill["half_price_tokens"], bill["total_tokens"]) == (30, 30, 0, used, used)
+    assert (bill["billed"], bill["distinct"], bill["requests"], bill["half_price_tokens"], bill["total_tokens"]) == (
+        30,
+        30,
+        0,
+        used,
+        used,
+    )
     assert bill["nanodollars"] == used * 75  # half of $0.15 a million
     assert (job.total_requests, job.succeeded_requests, job.failed_requests) == (30, 30, 0)
 

@@ -24,15 +24,32 @@ def say(*turns: str) -> list[dict]:
 
 CONVERSATIONS = {
     "one turn": say(f"system: {SYSTEM}", "user: Premise: Two dogs ran.\nHypothesis: Animals moved."),
-    "repair": say(f"system: {SYSTEM}", "user: Premise: Two dogs ran.", f"assistant: {REPLY}", "user: The label must be 0 or 1. Reply again."),
+    "repair": say(
+        f"system: {SYSTEM}",
+        "user: Premise: Two dogs ran.",
+        f"assistant: {REPLY}",
+        "user: The label must be 0 or 1. Reply again.",
+    ),
     "no system": say("user: Hi"),
     "trailing space": say("system: S. ", "user: A ", "assistant: B  ", "user:  C"),
-    "neighbours of one role": say("system: One.", "system: Two.", "user: A", "user: B", "assistant: C", "assistant: D", "user: E"),
-    "newlines and slashes at the seams": say("system: ends in a brace}", "user: \n/starts with a newline", "assistant: x", "user: /y\n\n"),
+    "neighbours of one role": say(
+        "system: One.", "system: Two.", "user: A", "user: B", "assistant: C", "assistant: D", "user: E"
+    ),
+    "newlines and slashes at the seams": say(
+        "system: ends in a brace}", "user: \n/starts with a newline", "assistant: x", "user: /y\n\n"
+    ),
     "control tokens as text": say("system: [INST] s [/INST]", "user: </s> [SYSTEM_PROMPT] <s>"),
-    "scripts": say("system: 你好。", "user: Ünïcödé — ½ ﷺ e\u0301 \u200b\u200d 🏳️‍🌈 \x00\x7f", "assistant: न", "user: \u2028"),
+    "scripts": say(
+        "system: 你好。", "user: Ünïcödé — ½ ﷺ e\u0301 \u200b\u200d 🏳️‍🌈 \x00\x7f", "assistant: न", "user: \u2028"
+    ),
 }
-FILES = {"v1": "mistral-medium-2312", "v2": "mistral-small-2402", "v3": "mistral-large-2407", "v3 tekken": "open-mistral-nemo", "v7": "mistral-large-2411"}
+FILES = {
+    "v1": "mistral-medium-2312",
+    "v2": "mistral-small-2402",
+    "v3": "mistral-large-2407",
+    "v3 tekken": "open-mistral-nemo",
+    "v7": "mistral-large-2411",
+}
 
 
 def count_by_mistral(tokenizer, messages: list[dict]) -> int:
@@ -61,14 +78,20 @@ def test_a_conversation_counts_as_mistral_common_encodes_it(version):
 def test_every_sample_row_counts_as_mistral_common_encodes_it(model, prompt):
     counter, mistral = load_token_counter(model), mistral_file(model)
     for row in read_examples(REPOSITORY / "data/sample/dev.csv", max_rows=60):
-        messages = TEACHER_PROMPTS[prompt].render_messages(row | {"thought_process": 'Step 1: "so"\n', "predicted_label": 1})
+        messages = TEACHER_PROMPTS[prompt].render_messages(
+            row | {"thought_process": 'Step 1: "so"\n', "predicted_label": 1}
+        )
         assert counter.count_messages(messages) == count_by_mistral(mistral, messages)
 
 
 def test_the_list_of_models_is_mistral_commons_own():
     from mistral_common.tokens.tokenizers.mistral import MODEL_NAME_TO_TOKENIZER_CLS
 
-    theirs = {name: make().instruct_tokenizer.tokenizer.file_path.name for name, make in MODEL_NAME_TO_TOKENIZER_CLS.items() if name in _SHIPPED}
+    theirs = {
+        name: make().instruct_tokenizer.tokenizer.file_path.name
+        for name, make in MODEL_NAME_TO_TOKENIZER_CLS.items()
+        if name in _SHIPPED
+    }
     assert {name: file for name, file in _SHIPPED.items() if name in theirs} == theirs
     assert set(_SHIPPED) - set(theirs) == {"open-mistral-nemo"}
 
@@ -106,7 +129,10 @@ def test_another_model_gets_an_estimate_that_says_so(model):
 
 def test_the_estimate_is_near_the_count_on_the_sample():
     rows = read_examples(REPOSITORY / "data/sample/train.csv", max_rows=200)
-    texts = ["\n".join(message["content"] for message in TEACHER_PROMPTS["initial_generation"].render_messages(row)) for row in rows]
+    texts = [
+        "\n".join(message["content"] for message in TEACHER_PROMPTS["initial_generation"].render_messages(row))
+        for row in rows
+    ]
     for model in ("open-mistral-nemo", "mistral-large-2407"):
         counted = sum(map(load_token_counter(model).count_text, texts))
         assert counted <= sum(map(estimate_tokens, texts)) * 1.02
@@ -120,7 +146,9 @@ def test_a_tekken_file_of_the_users_own_counts_exactly(tmp_path):
     for given in (tmp_path, tmp_path / "tekken.json"):
         counter = load_token_counter("my-model", str(given))
         assert (counter.is_exact, counter.name) == (True, str(tmp_path / "tekken.json"))
-        assert counter.count_messages(CONVERSATIONS["repair"]) == load_token_counter("open-mistral-nemo").count_messages(CONVERSATIONS["repair"])
+        assert counter.count_messages(CONVERSATIONS["repair"]) == load_token_counter(
+            "open-mistral-nemo"
+        ).count_messages(CONVERSATIONS["repair"])
 
 
 @pytest.fixture
@@ -129,10 +157,16 @@ def v15_file(tmp_path):
     import mistral_common
     from mistral_common.tokens.tokenizers.base import SpecialTokens
 
-    data = json.loads((Path(mistral_common.__file__).parent / "data" / "tekken_240718.json").read_text(encoding="utf-8"))
+    data = json.loads(
+        (Path(mistral_common.__file__).parent / "data" / "tekken_240718.json").read_text(encoding="utf-8")
+    )
     data["config"]["version"] = "v15"
-    data["special_tokens"] = [{"rank": rank, "token_str": token.value, "is_control": True} for rank, token in enumerate(SpecialTokens)]
-    data["model_settings_builder"] = {"reasoning_effort": {"type": "enum", "values": ["none", "high"], "accepts_none": True, "default": "none"}}
+    data["special_tokens"] = [
+        {"rank": rank, "token_str": token.value, "is_control": True} for rank, token in enumerate(SpecialTokens)
+    ]
+    data["model_settings_builder"] = {
+        "reasoning_effort": {"type": "enum", "values": ["none", "high"], "accepts_none": True, "default": "none"}
+    }
     (tmp_path / "tekken.json").write_text(json.dumps(data), encoding="utf-8")
     return tmp_path / "tekken.json"
 
@@ -170,7 +204,9 @@ def test_without_a_template_that_takes_our_messages_a_folder_counts_texts_and_sa
     assert counter.count_messages(say("user: Two dogs ran.")) == text + 5
     shutil.copy(Path(TINY_BASE) / "tokenizer.json", tmp_path / "tokenizer.json")
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": [{"name": "default", "template": refusing}]}), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": [{"name": "default", "template": refusing}]}), encoding="utf-8"
+    )
     assert not load_token_counter("tiny", str(tmp_path)).is_exact
 
 
@@ -200,7 +236,9 @@ def test_two_hundred_thousand_rows_count_within_a_minute(model):
     counter, prompt = load_token_counter(model), TEACHER_PROMPTS["initial_generation"]
     rows = read_examples(REPOSITORY / "data/sample/train.csv", max_rows=2000)
     seconds = []
-    while len(seconds) < 10 and min(seconds, default=9) >= 0.6:  # the best of ten, of this thread alone: other work on the machine is not the counter's fault
+    while (
+        len(seconds) < 10 and min(seconds, default=9) >= 0.6
+    ):  # the best of ten, of this thread alone: other work on the machine is not the counter's fault
         started = time.thread_time()
         for row in rows:
             counter.count_messages(prompt.render_messages(row))

@@ -29,7 +29,15 @@ def sft_row(split: str, index: int) -> dict:
     completion = json.dumps({"thought_process": thought, "predicted_label": index % 2})
     pair = {"premise": f"{split} dog {index} ran.", "hypothesis": f"Animal {index} moved."}
     prompt = f"[INST] Premise: {pair['premise']}\nHypothesis: {pair['hypothesis']} [/INST]"
-    return {"id": str(index), **pair, "true_label": index % 2, "ablation": "reflected", "source": "teacher", "prompt": prompt, "completion": completion}
+    return {
+        "id": str(index),
+        **pair,
+        "true_label": index % 2,
+        "ablation": "reflected",
+        "source": "teacher",
+        "prompt": prompt,
+        "completion": completion,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +113,9 @@ def test_a_run_on_another_base_or_tokeniser_is_refused_with_the_difference(files
     config = train_config(files, tmp_path / "run", base_model=str(base))
     identity = json.loads(json.dumps(sft.plan_fit(config).identity))
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/manifest.json").write_text(json.dumps({"status": "running", "identity": identity, "attempts": [], "counts": {}}))
+    (tmp_path / "run/manifest.json").write_text(
+        json.dumps({"status": "running", "identity": identity, "attempts": [], "counts": {}})
+    )
     (tmp_path / "run/log.jsonl").write_text("")
     settings = json.loads((base / "tokenizer_config.json").read_text())
     (base / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 77}))
@@ -143,14 +153,29 @@ def test_a_gpu_by_index_fits_one_worker_that_uses_a_gpu():
     assert TrainConfig(gpu=0).num_workers == 1
 
 
-@pytest.mark.parametrize("name", ["output_dir", "wandb", "use_gpu", "gpu", "num_workers", "cpus_per_worker", "max_failures", "log_steps", "keep_checkpoints"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "output_dir",
+        "wandb",
+        "use_gpu",
+        "gpu",
+        "num_workers",
+        "cpus_per_worker",
+        "max_failures",
+        "log_steps",
+        "keep_checkpoints",
+    ],
+)
 def test_a_sweep_axis_is_a_number_that_changes_the_result(name):
     with pytest.raises(ConfigError, match=f"sweep axis {name} cannot be swept over; axes are .*lora_dropout"):
         SweepConfig(extra_axes=(f"{name}=1,2",))
 
 
 def test_numeric_fields_are_axes():
-    config = SweepConfig(lora_rank=(8,), learning_rate=(1e-4,), ablation=("reflected",), extra_axes=("lora_dropout=0,0.1", "seed=1,2"))
+    config = SweepConfig(
+        lora_rank=(8,), learning_rate=(1e-4,), ablation=("reflected",), extra_axes=("lora_dropout=0,0.1", "seed=1,2")
+    )
     assert len(sweep.list_trials(config)) == 4
 
 
@@ -160,7 +185,9 @@ def plan_in(folder: Path, **identity) -> FitPlan:
 
 def write_manifest(folder: Path, status: str, counts: dict | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").write_text(json.dumps({"status": status, "identity": {"lora_rank": 8}, "attempts": [], "counts": counts or {}}))
+    (folder / "manifest.json").write_text(
+        json.dumps({"status": status, "identity": {"lora_rank": 8}, "attempts": [], "counts": counts or {}})
+    )
 
 
 def test_a_folder_is_taken_only_from_a_run_that_made_nothing(tmp_path):
@@ -184,7 +211,13 @@ def test_the_end_of_training_is_read_from_its_state():
     control = {"stateful_callbacks": {"TrainerControl": {"args": {"should_training_stop": True}}}}
     assert training.is_at_end({"global_step": 6, "max_steps": 6})
     assert training.is_at_end({"global_step": 4, "max_steps": 6, **control})
-    assert not training.is_at_end({"global_step": 4, "max_steps": 6, "stateful_callbacks": {"TrainerControl": {"args": {"should_training_stop": False}}}})
+    assert not training.is_at_end(
+        {
+            "global_step": 4,
+            "max_steps": 6,
+            "stateful_callbacks": {"TrainerControl": {"args": {"should_training_stop": False}}},
+        }
+    )
 
 
 def test_a_trial_whose_loss_was_never_finite_is_diverged_and_a_stopped_one_keeps_its_last_loss(tmp_path):
@@ -226,12 +259,17 @@ def test_an_adapter_is_refused_with_its_fault_and_a_local_base_becomes_absolute(
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": None}))
     with pytest.raises(ModelError, match="the adapter has no adapter_model.safetensors"):
         describe_model(str(folder), "")
-    save_file({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": np.zeros((1, 192), np.float32)}, folder / "adapter_model.safetensors")
+    save_file(
+        {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": np.zeros((1, 192), np.float32)},
+        folder / "adapter_model.safetensors",
+    )
     mark_complete(folder)
     monkeypatch.chdir(Path(TINY_BASE).parent)
     assert describe_model(str(folder), "tiny-mistral") == (TINY_BASE, str(folder))
     (folder / "adapter_model.safetensors").write_bytes(b"wei")
-    with pytest.raises(ModelError, match=r"adapter_model.safetensors has 3 bytes instead of \d+; take another checkpoint"):
+    with pytest.raises(
+        ModelError, match=r"adapter_model.safetensors has 3 bytes instead of \d+; take another checkpoint"
+    ):
         describe_model(str(folder), "tiny-mistral")
 
 
@@ -286,7 +324,9 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(files, adapter, tmp
 @pytest.mark.fault
 def test_a_run_resumed_with_another_number_of_workers_makes_the_same_steps(files, ray_cluster, tmp_path):
     two = sft.run(train_config(files, tmp_path / "two", num_workers=2, lora_dropout=0.0))
-    one = sft.run(train_config(files, interrupt(two, tmp_path / "one", "checkpoint-3"), num_workers=1, lora_dropout=0.0))
+    one = sft.run(
+        train_config(files, interrupt(two, tmp_path / "one", "checkpoint-3"), num_workers=1, lora_dropout=0.0)
+    )
     assert json.loads((one / "result.json").read_text())["resumed_from"].endswith("checkpoint-3")
     for name in ("loss", "grad_norm", "eval_loss"):
         assert losses_by_step(one, name) == pytest.approx(losses_by_step(two, name), rel=1e-3)
@@ -308,14 +348,26 @@ def test_a_run_killed_after_its_last_step_only_saves_its_best_adapter(files, ada
 
 @pytest.mark.ray
 def test_a_run_that_early_stopping_had_ended_takes_no_further_step_when_resumed(files, ray_cluster, tmp_path):
-    config = train_config(files, tmp_path / "first", learning_rate=5.0, max_steps=6, eval_steps=1, early_stopping_patience=1, warmup_fraction=0.0)
+    config = train_config(
+        files,
+        tmp_path / "first",
+        learning_rate=5.0,
+        max_steps=6,
+        eval_steps=1,
+        early_stopping_patience=1,
+        warmup_fraction=0.0,
+    )
     stopped = sft.run(config)
     before = json.loads((stopped / "result.json").read_text())
     assert before["steps"] < 6 and before["best_checkpoint"] != f"checkpoint-{before['steps']}"
     names = [path.name for path in stopped.glob("checkpoint-*")]
     resumed = sft.run(replace(config, output_dir=str(interrupt(stopped, tmp_path / "second", *names))))
     after = json.loads((resumed / "result.json").read_text())
-    assert (after["steps"], after["best_checkpoint"], after["eval_loss"]) == (before["steps"], before["best_checkpoint"], before["eval_loss"])
+    assert (after["steps"], after["best_checkpoint"], after["eval_loss"]) == (
+        before["steps"],
+        before["best_checkpoint"],
+        before["eval_loss"],
+    )
     best = (stopped / before["best_checkpoint"] / "adapter_model.safetensors").read_bytes()
     assert (resumed / "adapter_model.safetensors").read_bytes() == best
 
@@ -330,7 +382,9 @@ def test_the_cure_for_a_row_too_long_works_in_the_same_folder(files, ray_cluster
 
 @pytest.mark.ray
 def test_asha_stops_a_trial_once_and_for_all(files, ray_cluster, tmp_path, capsys):
-    base = train_config(files, tmp_path / "unused", max_steps=3, eval_steps=1, early_stopping_patience=0, warmup_fraction=0.0)
+    base = train_config(
+        files, tmp_path / "unused", max_steps=3, eval_steps=1, early_stopping_patience=0, warmup_fraction=0.0
+    )
     config = SweepConfig(
         output_dir=str(tmp_path / "sweep"),
         train_files=files["reflected_train"].replace("reflected", "{ablation}"),
@@ -355,8 +409,12 @@ def test_asha_stops_a_trial_once_and_for_all(files, ray_cluster, tmp_path, capsy
 
 
 @pytest.mark.ray
-def test_a_sweep_names_the_best_of_the_finite_losses_and_refuses_to_name_one_where_all_diverged(files, ray_cluster, tmp_path):
-    base = train_config(files, tmp_path / "unused", max_steps=1, eval_steps=1, warmup_fraction=0.0, max_grad_norm=0.0, weight_decay=0.0)
+def test_a_sweep_names_the_best_of_the_finite_losses_and_refuses_to_name_one_where_all_diverged(
+    files, ray_cluster, tmp_path
+):
+    base = train_config(
+        files, tmp_path / "unused", max_steps=1, eval_steps=1, warmup_fraction=0.0, max_grad_norm=0.0, weight_decay=0.0
+    )
     config = SweepConfig(
         output_dir=str(tmp_path / "sweep"),
         train_files=files["reflected_train"].replace("reflected", "{ablation}"),

@@ -19,7 +19,9 @@ def read_changes(folder: str) -> dict[str, torch.Tensor]:
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
     weights = load_file(f"{folder}/adapter_model.safetensors")
     modules = {name.split(".lora_")[0] for name in weights}
-    return {module: scale * weights[f"{module}.lora_B.weight"] @ weights[f"{module}.lora_A.weight"] for module in modules}
+    return {
+        module: scale * weights[f"{module}.lora_B.weight"] @ weights[f"{module}.lora_A.weight"] for module in modules
+    }
 
 
 @pytest.mark.parametrize("stabilised", [False, True])
@@ -53,14 +55,19 @@ def test_layers_with_ranks_and_scales_of_their_own_keep_them(tmp_path, stabilise
 def test_pickled_weights_become_safetensors_and_torn_ones_are_refused(tmp_path):
     folder = tmp_path / "a"
     folder.mkdir()
-    weights = {f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight": torch.rand(shape) for part, shape in (("A", (8, 192)), ("B", (192, 8)))}
+    weights = {
+        f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight": torch.rand(shape)
+        for part, shape in (("A", (8, 192)), ("B", (192, 8)))
+    }
     (folder / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}))
     with pytest.raises(ModelError, match=r"a: no adapter_model\.safetensors there"):
         prepare_adapter(str(folder), TINY_BASE, str(tmp_path / "copies"))
     torch.save(weights, folder / "adapter_model.bin")
     copy = prepare_adapter(str(folder), TINY_BASE, str(tmp_path / "copies"))
     assert describe_adapter(copy) == describe_adapter(str(folder)) == AdapterShape(8, ("q_proj",))
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in load_file(f"{copy}/adapter_model.safetensors").items())
+    assert all(
+        torch.equal(tensor, weights[name]) for name, tensor in load_file(f"{copy}/adapter_model.safetensors").items()
+    )
     (folder / "adapter_model.bin").write_bytes((folder / "adapter_model.bin").read_bytes()[:500])
     with pytest.raises(ModelError, match=r"adapter_model\.bin: the weights cannot be read"):
         prepare_adapter(str(folder), TINY_BASE, str(tmp_path / "others"))

@@ -20,7 +20,15 @@ from safetensors.torch import load_file, save_file
 from nli.engines.interface import Decoding, EngineSettings, Request, answer_all
 from nli.engines.vllm.adapters import AdapterShape, describe_adapter, prepare_adapter, read_embedding, smallest_rank
 from nli.engines.vllm.engine import VLLMEngine, label_probability
-from nli.engines.vllm.setup import ENVIRONMENT, build_arguments, capture_sizes, choose_start, read_gpu_memory, register_classes, share_of_memory
+from nli.engines.vllm.setup import (
+    ENVIRONMENT,
+    build_arguments,
+    capture_sizes,
+    choose_start,
+    read_gpu_memory,
+    register_classes,
+    share_of_memory,
+)
 from nli.models.tokenizer import encode_prompt, load_tokenizer
 from nli.runtime.errors import EngineDead, ModelError
 from nli.task.prompts import render_completion, render_student_prompt
@@ -43,7 +51,9 @@ def standin(monkeypatch, tokenizer):
     monkeypatch.setattr("nli.engines.vllm.setup.read_gpu_memory", lambda device: None)
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, os.environ.get(name, value))
-    return vllm_standin.install(monkeypatch, lambda ids, adapter: [*after_prompt(tokenizer, ANSWER), tokenizer.eos_token_id])
+    return vllm_standin.install(
+        monkeypatch, lambda ids, adapter: [*after_prompt(tokenizer, ANSWER), tokenizer.eos_token_id]
+    )
 
 
 @pytest.fixture
@@ -63,7 +73,9 @@ def start(standin):
 
 def after_prompt(tokenizer, completion: str) -> list[int]:
     """The ids of a completion as they follow the prompt."""
-    return tokenizer.encode(f"{PROMPT} {completion}", add_special_tokens=False)[len(encode_prompt(tokenizer, PROMPT)) - 1 :]
+    return tokenizer.encode(f"{PROMPT} {completion}", add_special_tokens=False)[
+        len(encode_prompt(tokenizer, PROMPT)) - 1 :
+    ]
 
 
 def make_adapter(folder, rank: int = 8, modules: tuple[str, ...] = ("q_proj", "v_proj"), **extra: torch.Tensor) -> str:
@@ -74,7 +86,9 @@ def make_adapter(folder, rank: int = 8, modules: tuple[str, ...] = ("q_proj", "v
             weights[f"base_model.model.model.layers.0.self_attn.{module}.lora_{letter}.weight"] = torch.zeros(shape)
     weights |= {f"base_model.model.{name.replace('__', '.')}.weight": tensor for name, tensor in extra.items()}
     save_file(weights, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"r": rank, "target_modules": list(modules), "modules_to_save": ["lm_head"] if extra else None}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"r": rank, "target_modules": list(modules), "modules_to_save": ["lm_head"] if extra else None})
+    )
     return str(folder)
 
 
@@ -82,7 +96,10 @@ def test_a_row_is_asked_as_ids_and_answered_as_text_without_its_end(start, stand
     engine = start(label_probability=False)
     answer = engine.submit(Request(PROMPT)).result(10)
     assert (answer.text, answer.finish_reason, answer.problem, answer.probability) == (ANSWER, "stop", "", None)
-    assert (answer.num_prompt_tokens, answer.num_completion_tokens) == (len(encode_prompt(tokenizer, PROMPT)), len(after_prompt(tokenizer, ANSWER)) + 1)
+    assert (answer.num_prompt_tokens, answer.num_completion_tokens) == (
+        len(encode_prompt(tokenizer, PROMPT)),
+        len(after_prompt(tokenizer, ANSWER)) + 1,
+    )
     [seen] = standin.engine.seen
     assert seen.ids == encode_prompt(tokenizer, PROMPT)
     assert (seen.parameters.temperature, seen.parameters.max_tokens, seen.parameters.seed) == (0.0, 64, None)
@@ -98,18 +115,26 @@ def test_a_labels_probability_is_a_second_request_that_ends_before_the_label(sta
     zero, one = tokenizer.convert_tokens_to_ids(["0", "1"])
     label = len(first.ids) + after_prompt(tokenizer, ANSWER).index(one)
     assert second.ids == (first.ids + after_prompt(tokenizer, ANSWER))[:label]
-    assert (second.parameters.logprob_token_ids, second.parameters.max_tokens, second.parameters.temperature) == ([zero, one], 1, 0.0)
+    assert (second.parameters.logprob_token_ids, second.parameters.max_tokens, second.parameters.temperature) == (
+        [zero, one],
+        1,
+        0.0,
+    )
     assert second.priority < first.priority
 
 
 @pytest.mark.parametrize("no_cot", [False, True])
-def test_a_prompt_longer_than_the_engine_s_room_but_not_than_the_model_s_is_told_what_takes_it(start, monkeypatch, no_cot):
+def test_a_prompt_longer_than_the_engine_s_room_but_not_than_the_model_s_is_told_what_takes_it(
+    start, monkeypatch, no_cot
+):
     long = Request(render_student_prompt("Two dogs ran. " * 60, "Animals moved."))
     assert start(no_cot=no_cot).submit(long).result(10).problem == ""
     monkeypatch.setattr("nli.engines.vllm.setup.USUAL_LENGTH", 100)
     monkeypatch.setattr("nli.engines.vllm.setup.PROMPT_ROOM", 100)
     problem = start(no_cot=no_cot).submit(long).result(10).problem
-    assert problem.endswith("no room for an answer within the engine's 164; engine transformers goes up to the model's 512")
+    assert problem.endswith(
+        "no room for an answer within the engine's 164; engine transformers goes up to the model's 512"
+    )
 
 
 def test_logits_that_are_no_numbers_are_no_probability(start, standin):
@@ -126,7 +151,9 @@ def test_a_text_without_a_label_has_no_probability_and_no_second_request(start, 
 
 
 @pytest.mark.parametrize(("logprobs", "label"), [((-3.0, -1.0), 1), ((-1.0, -3.0), 0)])
-def test_an_answer_that_cannot_be_parsed_is_completed_with_the_likelier_label(start, standin, tokenizer, logprobs, label):
+def test_an_answer_that_cannot_be_parsed_is_completed_with_the_likelier_label(
+    start, standin, tokenizer, logprobs, label
+):
     standin.write = lambda ids, adapter: after_prompt(tokenizer, '{"thought_process": "Dogs are animals; so')
     standin.logprobs = logprobs
     answer = start(force_label=True).submit(Request(PROMPT)).result(10)
@@ -161,7 +188,11 @@ def test_each_row_gets_the_adapter_that_it_names(start, standin, tmp_path):
     first, second = make_adapter(tmp_path / "a", 8), make_adapter(tmp_path / "b", 24, ("o_proj", "q_proj"))
     engine = start(adapters=(first, second), label_probability=False)
     arguments = standin.engine.arguments
-    assert (arguments.max_loras, arguments.max_lora_rank, arguments.lora_target_modules) == (2, 32, ["o_proj", "q_proj", "v_proj"])
+    assert (arguments.max_loras, arguments.max_lora_rank, arguments.lora_target_modules) == (
+        2,
+        32,
+        ["o_proj", "q_proj", "v_proj"],
+    )
     assert [(lora.lora_int_id, lora.lora_path) for lora in standin.engine.loras] == [(1, first), (2, second)]
     answer_all(engine, [Request(PROMPT, adapter=second), Request(PROMPT), Request(PROMPT, adapter=first)])
     assert [seen.lora.lora_int_id if seen.lora else None for seen in standin.engine.seen] == [2, None, 1]
@@ -171,7 +202,12 @@ def test_each_row_gets_the_adapter_that_it_names(start, standin, tmp_path):
 def test_a_refused_row_is_a_problem_and_the_others_are_answered(start, standin):
     engine = start(label_probability=False)
     control, long, good = answer_all(
-        engine, [Request("[INST] a [/INST] b [/INST]"), Request(render_student_prompt("dog " * 600, "Animals moved.")), Request(PROMPT)]
+        engine,
+        [
+            Request("[INST] a [/INST] b [/INST]"),
+            Request(render_student_prompt("dog " * 600, "Animals moved.")),
+            Request(PROMPT),
+        ],
     )
     assert control.text is None and "control token" in control.problem
     assert engine.submit(Request("[INST] \ud800 [/INST]")).result(10).problem.startswith("TypeError: ")
@@ -261,9 +297,15 @@ def test_an_adapter_that_vllm_refuses_is_named_at_the_start(start, standin, tmp_
 
 def test_arguments_follow_the_settings():
     arguments = build_arguments(SETTINGS, [], 32768, 0.9)
-    assert (arguments["max_num_seqs"], arguments["max_num_batched_tokens"], arguments["max_model_len"]) == (2048, 16384, 4096)
+    assert (arguments["max_num_seqs"], arguments["max_num_batched_tokens"], arguments["max_model_len"]) == (
+        2048,
+        16384,
+        4096,
+    )
     assert arguments["enable_prefix_caching"] and "enable_lora" not in arguments
-    small = build_arguments(replace(SETTINGS, batch_size=2, precision="nf4", device="cuda:1"), [AdapterShape(64, ("q_proj",))], 512, 0.5)
+    small = build_arguments(
+        replace(SETTINGS, batch_size=2, precision="nf4", device="cuda:1"), [AdapterShape(64, ("q_proj",))], 512, 0.5
+    )
     assert (small["max_num_seqs"], small["max_num_batched_tokens"], small["max_model_len"]) == (2, 1024, 512)
     assert (small["quantization"], small["device_ids"], small["max_lora_rank"]) == ("bitsandbytes", [1], 64)
     assert arguments["kv_cache_dtype"] == "auto"  # the model's own, which is bf16
@@ -303,7 +345,9 @@ def test_a_driver_that_does_not_answer_tells_nothing_of_the_memory(monkeypatch):
 def test_an_adapters_embeddings_are_left_out_where_they_are_the_bases(tmp_path):
     own = read_embedding(TINY_BASE, "lm_head")
     resized = torch.cat([own, torch.ones(3, own.shape[1], dtype=own.dtype)])
-    folder = make_adapter(tmp_path / "a", lm_head=resized, model__embed_tokens=read_embedding(TINY_BASE, "embed_tokens").float())
+    folder = make_adapter(
+        tmp_path / "a", lm_head=resized, model__embed_tokens=read_embedding(TINY_BASE, "embed_tokens").float()
+    )
     copy = prepare_adapter(folder, TINY_BASE, str(tmp_path / "copies"))
     assert copy == str(tmp_path / "copies/a") and len(load_file(tmp_path / "copies/a/adapter_model.safetensors")) == 4
     assert json.loads((tmp_path / "copies/a/adapter_config.json").read_text())["modules_to_save"] is None

@@ -127,7 +127,10 @@ def test_answers_figures_and_a_quiet_end(start, capfd):
     assert refused.text is None and "control token" in refused.problem
 
     answers: list[Future] = []
-    threads = [threading.Thread(target=lambda: answers.extend([engine.submit(Request(PROMPT)) for _ in range(50)])) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: answers.extend([engine.submit(Request(PROMPT)) for _ in range(50)]))
+        for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -199,7 +202,10 @@ def test_the_process_leaves_with_its_status_whoever_is_gone():
     os.close(reader)
     with open(writer, "w") as output:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-        assert subprocess.run(leave, stdout=output, cwd=REPOSITORY, env=environment, timeout=60, check=False).returncode == 3
+        assert (
+            subprocess.run(leave, stdout=output, cwd=REPOSITORY, env=environment, timeout=60, check=False).returncode
+            == 3
+        )
 
 
 def test_a_killed_owner_takes_all_along(package):
@@ -212,7 +218,9 @@ print("ready", flush=True)
 time.sleep(60)
 """
     environment = os.environ | {"PYTHONPATH": f"{package}{os.pathsep}{REPOSITORY}"}
-    process = subprocess.Popen([sys.executable, "-c", owner], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-c", owner], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment
+    )
     shown = []
     while "ready\n" not in shown:
         shown.append(process.stdout.readline())

@@ -19,7 +19,14 @@ from tests.test_training_guards import losses_by_step, sft_row
 def test_an_unread_answer_is_wrong_and_a_missing_eos_is_counted():
     watch = Watch(None, [[1]] * 4, [1, 1, 0, 0], max_length=64, max_new_tokens=8)
     scores = watch.score([(3, 0, True), (0, 1, True), (2, 1, True), (1, UNPARSED, False)])
-    assert scores == {"accuracy": 0.5, "precision": 0.75, "recall": 0.5, "f1": pytest.approx(0.5833, abs=1e-4), "unparsed_rate": 0.25, "eos_rate": 0.75}
+    assert scores == {
+        "accuracy": 0.5,
+        "precision": 0.75,
+        "recall": 0.5,
+        "f1": pytest.approx(0.5833, abs=1e-4),
+        "unparsed_rate": 0.25,
+        "eos_rate": 0.75,
+    }
 
 
 def test_a_sample_of_one_label_has_an_accuracy_and_no_f1():
@@ -55,7 +62,9 @@ def test_the_sample_is_labelled_the_same_for_a_seed_and_no_larger_than_the_file(
     tokenizer = model_and_tokenizer[1]
     watch = read_watch(tokenised, tokenizer, 8, 512, seed=42)
     assert len(watch.prompts) == len(watch.truths) == 8
-    assert watch == read_watch(tokenised, tokenizer, 8, 512, seed=42) != read_watch(tokenised, tokenizer, 8, 512, seed=43)
+    assert (
+        watch == read_watch(tokenised, tokenizer, 8, 512, seed=42) != read_watch(tokenised, tokenizer, 8, 512, seed=43)
+    )
     assert tokenizer.decode(watch.prompts[0]).endswith("[/INST]")
     assert len(read_watch(tokenised, tokenizer, 99, 512, seed=42).prompts) == 29
     assert read_watch(tokenised, tokenizer, 0, 512, seed=42) is None
@@ -86,10 +95,14 @@ def test_the_answers_are_those_of_inference(tokenised, model_and_tokenizer):
     tokenizer = model_and_tokenizer[1]
     prompts = read_watch(tokenised, tokenizer, 12, 512, seed=1).prompts
     engine = TransformersEngine(EngineSettings(TINY_BASE, (), "fp32", "fp32", Decoding(max_new_tokens=40), 12, "cpu"))
-    training = add_lora(load_base(TINY_BASE, "none", "fp32", "cpu", register_packed_attention()), 4, 8, 0.1, ("q_proj", "v_proj"))
+    training = add_lora(
+        load_base(TINY_BASE, "none", "fp32", "cpu", register_packed_attention()), 4, 8, 0.1, ("q_proj", "v_proj")
+    )
     speed_up(training)
     texts = [text for text, _ in generate_greedily(training.eval(), tokenizer, prompts, 40)]
-    assert texts == [generation.text for generation in answer_all(engine, [Request(tokenizer.decode(ids[1:])) for ids in prompts])]
+    assert texts == [
+        generation.text for generation in answer_all(engine, [Request(tokenizer.decode(ids[1:])) for ids in prompts])
+    ]
 
 
 def test_an_evaluation_without_a_watch_stays_as_it_is():
@@ -132,10 +145,16 @@ def test_watching_changes_no_step_and_accuracy_can_choose_the_best_checkpoint(fi
         assert 0 <= row["eval_accuracy"] <= 1 and 0 <= row["eval_unparsed_rate"] <= 1 and 0 <= row["eval_eos_rate"] <= 1
     best = max(evaluations, key=lambda row: row["eval_accuracy"])  # the first of equals
     result = json.loads((watched / "result.json").read_text())
-    assert (result["best_checkpoint"], result["accuracy"], result["eval_loss"]) == (f"checkpoint-{best['step']}", best["eval_accuracy"], best["eval_loss"])
+    assert (result["best_checkpoint"], result["accuracy"], result["eval_loss"]) == (
+        f"checkpoint-{best['step']}",
+        best["eval_accuracy"],
+        best["eval_loss"],
+    )
     answered = {row["watch_step"]: row for row in read_rows(beside / "log.jsonl") if "watch_step" in row}
     figures = ("eval_accuracy", "eval_unparsed_rate", "eval_eos_rate")
-    assert {step: [row[name] for name in figures] for step, row in answered.items()} == {row["step"]: [row[name] for name in figures] for row in evaluations}
+    assert {step: [row[name] for name in figures] for step, row in answered.items()} == {
+        row["step"]: [row[name] for name in figures] for row in evaluations
+    }
     result = json.loads((beside / "result.json").read_text())
     assert result["accuracy"] == answered[int(result["best_checkpoint"].removeprefix("checkpoint-"))]["eval_accuracy"]
     assert "accuracy" not in json.loads((unwatched / "result.json").read_text())

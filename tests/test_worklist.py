@@ -16,7 +16,12 @@ ODD = "\ttwo\r\ndogs\u2028 \x00 'quoted' \"n/a\" 犬 🐕 %s ? \\ud83d \ufeff"
 
 
 def row(number, premise=None, **more):
-    return {"id": str(number), "premise": premise or f"Premise {number}.", "hypothesis": "Animals moved.", "true_label": 1} | more
+    return {
+        "id": str(number),
+        "premise": premise or f"Premise {number}.",
+        "hypothesis": "Animals moved.",
+        "true_label": 1,
+    } | more
 
 
 def key_of(text):
@@ -48,7 +53,9 @@ def test_rows_come_back_in_their_order_with_their_keys_and_every_character(workl
     assert rows_of(worklist) == list(keyed(rows))
     assert worklist.list_pending(lambda keys: set()) == 2
     assert pending(worklist) == rows[:2]
-    assert [list(each) for each in pending(worklist)] == [list(each) for each in rows[:2]]  # the order of the fields too
+    assert [list(each) for each in pending(worklist)] == [
+        list(each) for each in rows[:2]
+    ]  # the order of the fields too
 
 
 def test_the_first_row_of_each_request_is_pending_and_slices_of_them_can_be_read(worklist, tmp_path):
@@ -78,7 +85,9 @@ def test_the_first_row_of_each_request_is_pending_and_slices_of_them_can_be_read
 
 def test_two_rows_of_one_id_and_pair_are_refused_and_one_id_with_two_pairs_is_not(worklist, tmp_path):
     rows = [row("a"), row("b"), row("a", "Another."), row("c"), row("b"), row("a")]
-    with pytest.raises(DataError, match=r"in\.csv: row 5 repeats the id 'b' and the pair of an earlier row; remove one of them\.$"):
+    with pytest.raises(
+        DataError, match=r"in\.csv: row 5 repeats the id 'b' and the pair of an earlier row; remove one of them\.$"
+    ):
         worklist.fill(keyed(rows), tmp_path / "in.csv")
 
 
@@ -86,7 +95,9 @@ def test_rows_are_taken_as_they_come_and_memory_does_not_grow_with_them(tmp_path
     def most_memory(count):
         with Worklist(tmp_path / "rows.sqlite") as worklist:
             tracemalloc.start()
-            worklist.fill(keyed(row(index, f"Premise {index} {'x' * 500}") for index in range(count)), tmp_path / "in.csv")
+            worklist.fill(
+                keyed(row(index, f"Premise {index} {'x' * 500}") for index in range(count)), tmp_path / "in.csv"
+            )
             worklist.list_pending(lambda keys: set())
             assert sum(len(chunk) for chunk in worklist.iterate()) == count
             most = tracemalloc.get_traced_memory()[1]
@@ -116,7 +127,9 @@ def test_the_file_goes_with_the_block_whatever_ends_it_and_an_old_one_is_replace
 
 def test_a_full_disk_is_a_storage_error(worklist, tmp_path):
     worklist._db.execute("PRAGMA max_page_count=10")
-    with pytest.raises(StorageError, match=r"rows\.sqlite: cannot be written \(database or disk is full\)\. Free space, or set TMPDIR"):
+    with pytest.raises(
+        StorageError, match=r"rows\.sqlite: cannot be written \(database or disk is full\)\. Free space, or set TMPDIR"
+    ):
         worklist.fill(keyed(row(index) for index in range(5000)), tmp_path / "in.csv")
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"file/rows\.sqlite: cannot be written"):

@@ -13,7 +13,15 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-MODULES = ("vllm", "vllm.inputs", "vllm.sampling_params", "vllm.lora", "vllm.lora.request", "vllm.engine", "vllm.engine.arg_utils")
+MODULES = (
+    "vllm",
+    "vllm.inputs",
+    "vllm.sampling_params",
+    "vllm.lora",
+    "vllm.lora.request",
+    "vllm.engine",
+    "vllm.engine.arg_utils",
+)
 MODULES += ("vllm.v1", "vllm.v1.engine", "vllm.v1.engine.async_llm", "vllm.v1.engine.exceptions")
 MODULES += ("vllm.model_executor", "vllm.model_executor.models", "vllm.model_executor.models.registry")
 
@@ -33,8 +41,21 @@ ARGUMENTS = {
         "max_num_batched_tokens",
         "kv_cache_dtype",
     ),
-    *("cudagraph_capture_sizes", "gpu_memory_utilization", "enable_prefix_caching", "scheduling_policy", "distributed_executor_backend"),
-    *("compilation_config", "worker_extension_cls", "disable_log_stats", "enable_log_requests", "use_tqdm_on_load", "device_ids"),
+    *(
+        "cudagraph_capture_sizes",
+        "gpu_memory_utilization",
+        "enable_prefix_caching",
+        "scheduling_policy",
+        "distributed_executor_backend",
+    ),
+    *(
+        "compilation_config",
+        "worker_extension_cls",
+        "disable_log_stats",
+        "enable_log_requests",
+        "use_tqdm_on_load",
+        "device_ids",
+    ),
     *("enable_lora", "max_loras", "max_cpu_loras", "max_lora_rank", "lora_target_modules"),
 }
 
@@ -110,7 +131,10 @@ class Registry:
     """Which class serves an architecture; this one takes any class for a model."""
 
     def __init__(self) -> None:
-        self.models = {"MistralForCausalLM": LazyModel("collections", "OrderedDict"), "LostForCausalLM": LazyModel("collections", "Lost")}
+        self.models = {
+            "MistralForCausalLM": LazyModel("collections", "OrderedDict"),
+            "LostForCausalLM": LazyModel("collections", "Lost"),
+        }
 
     def register_model(self, model_arch: str, model_cls: type) -> None:
         self.models[model_arch] = model_cls
@@ -153,7 +177,9 @@ class AsyncLLM:
         self.loras.append(lora_request)
         return True
 
-    async def collective_rpc(self, method: str, timeout: float | None = None, args: tuple = (), kwargs: dict | None = None) -> list:
+    async def collective_rpc(
+        self, method: str, timeout: float | None = None, args: tuple = (), kwargs: dict | None = None
+    ) -> list:
         assert method == "report_figures"
         return [{"peak_memory_gb": 71.3, "compile_seconds": 18.2}]
 
@@ -164,7 +190,11 @@ class AsyncLLM:
         ids = prompt["prompt_token_ids"]
         if len(ids) >= self.arguments.max_model_len:
             raise ValueError(f"The decoder prompt (length {len(ids)}) is longer than the maximum model length.")
-        self.seen.append(types.SimpleNamespace(ids=ids, parameters=sampling_params, lora=lora_request, priority=priority, request_id=request_id))
+        self.seen.append(
+            types.SimpleNamespace(
+                ids=ids, parameters=sampling_params, lora=lora_request, priority=priority, request_id=request_id
+            )
+        )
         if self.errored:
             raise EngineDeadError
         while self.hold:
@@ -177,10 +207,19 @@ class AsyncLLM:
 
     def _complete(self, written: list[int], parameters: SamplingParams):
         stops = [index for index, token in enumerate(written) if token in parameters.stop_token_ids]
-        ids, reason = (written[: stops[0] + 1], "stop") if stops and stops[0] < parameters.max_tokens else (written[: parameters.max_tokens], "length")
+        ids, reason = (
+            (written[: stops[0] + 1], "stop")
+            if stops and stops[0] < parameters.max_tokens
+            else (written[: parameters.max_tokens], "length")
+        )
         logprobs = None
         if parameters.logprob_token_ids:
-            logprobs = [{token: types.SimpleNamespace(logprob=value) for token, value in zip(parameters.logprob_token_ids, self.standin.logprobs, strict=True)}]
+            logprobs = [
+                {
+                    token: types.SimpleNamespace(logprob=value)
+                    for token, value in zip(parameters.logprob_token_ids, self.standin.logprobs, strict=True)
+                }
+            ]
         return types.SimpleNamespace(token_ids=ids, finish_reason=reason, logprobs=logprobs)
 
     def shutdown(self, timeout: float | None = None) -> None:
@@ -196,10 +235,16 @@ def make_modules(write: Callable[[list[int], str | None], list[int]]) -> dict[st
     found = {name: types.ModuleType(name) for name in MODULES}
     found["vllm"].__version__ = "0.26.0"
     found["vllm.inputs"].tokens_input = tokens_input
-    found["vllm.sampling_params"].SamplingParams, found["vllm.sampling_params"].RequestOutputKind = SamplingParams, RequestOutputKind
+    found["vllm.sampling_params"].SamplingParams, found["vllm.sampling_params"].RequestOutputKind = (
+        SamplingParams,
+        RequestOutputKind,
+    )
     found["vllm.lora.request"].LoRARequest = LoRARequest
     found["vllm.engine.arg_utils"].AsyncEngineArgs = AsyncEngineArgs
-    found["vllm.v1.engine.exceptions"].EngineDeadError, found["vllm.v1.engine.exceptions"].EngineGenerateError = EngineDeadError, EngineGenerateError
+    found["vllm.v1.engine.exceptions"].EngineDeadError, found["vllm.v1.engine.exceptions"].EngineGenerateError = (
+        EngineDeadError,
+        EngineGenerateError,
+    )
     AsyncLLM.standin = Standin(write)
     found["vllm.v1.engine.async_llm"].AsyncLLM = AsyncLLM
     found["vllm.model_executor.models.registry"].ModelRegistry = AsyncLLM.standin.registry

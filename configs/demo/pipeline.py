@@ -41,6 +41,8 @@ config = PipelineConfig(
         ablation=("reflected",),
         train=replace(train, max_steps=16, eval_steps=8, early_stopping_patience=0),
     ),
-    inference=InferenceConfig(precision="nf4", compute_dtype="fp32", use_gpu=False, num_workers=2, batch_size=64, max_new_tokens=96),
+    inference=InferenceConfig(
+        precision="nf4", compute_dtype="fp32", use_gpu=False, num_workers=2, batch_size=64, max_new_tokens=96
+    ),
     evaluation=EvaluatePredictionsConfig(slice_by=("phenomenon",)),
 )

@@ -12,6 +12,12 @@ config = replace(
     ablations=("reflected",),
     thoughts=replace(demo.thoughts, max_rows=120),
     train=train,
-    sweep=replace(demo.sweep, lora_rank=(8,), learning_rate=(2e-3,), ablation=("reflected",), train=replace(train, max_steps=2, eval_steps=2)),
+    sweep=replace(
+        demo.sweep,
+        lora_rank=(8,),
+        learning_rate=(2e-3,),
+        ablation=("reflected",),
+        train=replace(train, max_steps=2, eval_steps=2),
+    ),
     inference=replace(demo.inference, max_rows=120, max_new_tokens=48),
 )

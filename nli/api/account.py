@@ -36,7 +36,9 @@ def run(config: AccountConfig) -> dict:
 
     key = read_api_key(config.api_key_file)
     if not finds_cluster():
-        raise ClusterError("No Ray runs on this machine, and RAY_ADDRESS is not set: limits belong to a cluster. Run this where the jobs run.")
+        raise ClusterError(
+            "No Ray runs on this machine, and RAY_ADDRESS is not set: limits belong to a cluster. Run this where the jobs run."
+        )
     with connected():
         limiter = start_limiter_service(config.base_url, key, Limits())
         now = ray.get(limiter.describe.remote())["limits"]
@@ -45,5 +47,8 @@ def run(config: AccountConfig) -> dict:
             ray.get(limiter.set_limits.remote(wanted))
         found = ray.get(limiter.describe.remote())
     cut = f", cut to {found['ceiling']:.0f}" if found["ceiling"] else ""
-    print(f"account: limits {describe_limits(found['limits'])}; in flight {found['in_flight']}{cut}; workers {found['workers']}", flush=True)
+    print(
+        f"account: limits {describe_limits(found['limits'])}; in flight {found['in_flight']}{cut}; workers {found['workers']}",
+        flush=True,
+    )
     return found

@@ -30,7 +30,9 @@ CALL_SECONDS = 600  # for one call; uploads and downloads are large
 RETRY_SECONDS = 0.5  # before the first repetition, doubled for each further one
 LONGEST_RETRY_SECONDS = 60.0
 MOST_TRIES = 6
-MOST_POLLS = 15  # tries of one look at a job, some ten minutes: a job runs for hours, and an outage is no reason to give up
+MOST_POLLS = (
+    15  # tries of one look at a job, some ten minutes: a job runs for hours, and an outage is no reason to give up
+)
 
 
 class Unanswered(Exception):
@@ -56,7 +58,10 @@ class BatchClient:
 
         def find() -> str | None:
             found = self._client.files.list(search=path.name, purpose="batch").data
-            return next((file.id for file in found if file.filename == path.name and file.size_bytes == path.stat().st_size), None)
+            return next(
+                (file.id for file in found if file.filename == path.name and file.size_bytes == path.stat().st_size),
+                None,
+            )
 
         def send() -> str:
             with open(path, "rb") as file:
@@ -71,7 +76,9 @@ class BatchClient:
             return self._client.batch.jobs.create(endpoint=ENDPOINT, input_files=[file_id], **values).id
         except _failures() as error:
             if _status_of(error) in (400, 404, 413, 422):
-                raise JobRefused(f"{self.server} refuses the batch job ({self._describe(error)}). Check --model; replies are kept.") from None
+                raise JobRefused(
+                    f"{self.server} refuses the batch job ({self._describe(error)}). Check --model; replies are kept."
+                ) from None
             self._raise_if_hopeless(error)
             raise Unanswered(self._describe(error)) from None
 
@@ -82,7 +89,14 @@ class BatchClient:
             time.sleep(wait)
             page, found = 0, [None] * PAGE_SIZE
             while len(found) == PAGE_SIZE:
-                found = self._try(lambda page=page: self._client.batch.jobs.list(page=page, page_size=PAGE_SIZE, created_after=after).data) or []
+                found = (
+                    self._try(
+                        lambda page=page: (
+                            self._client.batch.jobs.list(page=page, page_size=PAGE_SIZE, created_after=after).data
+                        )
+                    )
+                    or []
+                )
                 for job in found:
                     if isinstance(job.metadata, dict) and job.metadata.get(METADATA_KEY) == batch_id:
                         return job.id
@@ -129,16 +143,22 @@ class BatchClient:
                 self._raise_if_hopeless(error)
                 if attempt == most_tries:
                     reason = f"{self.server} does not answer in {attempt} tries ({self._describe(error)})"
-                    raise TeacherError(f"{reason}. Nothing is lost; the same command goes on with its batch jobs.") from None
+                    raise TeacherError(
+                        f"{reason}. Nothing is lost; the same command goes on with its batch jobs."
+                    ) from None
             pause(attempt)
             attempt += 1
 
     def _raise_if_hopeless(self, error: Exception) -> None:
         status = _status_of(error)
         if status in (401, 403):
-            raise TeacherError(f"{self.server} refuses the API key (HTTP {status}). Check {KEY_VARIABLE}; batch jobs and replies are kept.") from None
+            raise TeacherError(
+                f"{self.server} refuses the API key (HTTP {status}). Check {KEY_VARIABLE}; batch jobs and replies are kept."
+            ) from None
         if status in range(400, 500) and status not in (408, 425, 429):
-            raise TeacherError(f"{self.server} refuses the call ({self._describe(error)}). Batch jobs and replies are kept.") from None
+            raise TeacherError(
+                f"{self.server} refuses the call ({self._describe(error)}). Batch jobs and replies are kept."
+            ) from None
 
     def _describe(self, error: Exception) -> str:
         text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -76,7 +76,9 @@ class BatchStore:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            raise StorageError(f"{self.folder}: cannot be written ({error}). Free space or mend the disk; the same command goes on with its jobs.") from None
+            raise StorageError(
+                f"{self.folder}: cannot be written ({error}). Free space or mend the disk; the same command goes on with its jobs."
+            ) from None
 
     def add(self, run: str, **detail: object) -> Batch:
         """A new batch, locked for this process."""
@@ -84,20 +86,29 @@ class BatchStore:
         if not self.lock(batch):
             raise StorageError(f"{self.folder}: a new file there is locked; the file system does not keep locks apart.")
         with self._writing():
-            self._db.execute("INSERT INTO batches VALUES (?, ?, ?, NULL, NULL, ?, ?)", (batch.id, run, batch.state, json.dumps(detail), time.time()))
+            self._db.execute(
+                "INSERT INTO batches VALUES (?, ?, ?, NULL, NULL, ?, ?)",
+                (batch.id, run, batch.state, json.dumps(detail), time.time()),
+            )
         return batch
 
-    def update(self, batch: Batch, state: str, file_id: str | None = None, job_id: str | None = None, **detail: object) -> None:
+    def update(
+        self, batch: Batch, state: str, file_id: str | None = None, job_id: str | None = None, **detail: object
+    ) -> None:
         """Record how a batch stands now; what is not given stays."""
         batch.state, batch.file_id, batch.job_id = state, file_id or batch.file_id, job_id or batch.job_id
         batch.detail |= detail
         values = (state, batch.file_id, batch.job_id, json.dumps(batch.detail), time.time(), batch.id)
         with self._writing():
-            self._db.execute("UPDATE batches SET state = ?, file_id = ?, job_id = ?, detail = ?, changed_at = ? WHERE id = ?", values)
+            self._db.execute(
+                "UPDATE batches SET state = ?, file_id = ?, job_id = ?, detail = ?, changed_at = ? WHERE id = ?", values
+            )
 
     def list_all(self, run: str | None = None) -> list[Batch]:
         """All batches, oldest first; with `run`, those of one output."""
-        rows = self._db.execute("SELECT id, run, state, file_id, job_id, detail FROM batches ORDER BY changed_at, id").fetchall()
+        rows = self._db.execute(
+            "SELECT id, run, state, file_id, job_id, detail FROM batches ORDER BY changed_at, id"
+        ).fetchall()
         return [Batch(*row[:5], json.loads(row[5])) for row in rows if run in (None, row[1])]
 
     def list_open(self, run: str | None = None) -> list[Batch]:

@@ -25,7 +25,9 @@ KEY_VARIABLE = "MISTRAL_API_KEY"
 NO_KEY = "none"  # stands for the key of a server that asks for none
 CONNECT_SECONDS = 20.0
 REDIRECTS = (301, 302, 303, 307, 308)  # not followed: a POST would become a GET, or one grant two requests
-FEWEST_KEY_CHARACTERS = 16  # of a key that is looked for in replies; a shorter one, such as vLLM users make up, may be a word of theirs
+FEWEST_KEY_CHARACTERS = (
+    16  # of a key that is looked for in replies; a shorter one, such as vLLM users make up, may be a word of theirs
+)
 MOST_TOKENS = 10**9  # in one reply; what is more is no count
 
 
@@ -47,7 +49,9 @@ class CallFailed(Exception):
     server asks to wait, if it does.
     """
 
-    def __init__(self, reason: str, kind: str, retryable: bool, is_ambiguous: bool = False, retry_after: float | None = None) -> None:
+    def __init__(
+        self, reason: str, kind: str, retryable: bool, is_ambiguous: bool = False, retry_after: float | None = None
+    ) -> None:
         super().__init__(reason)
         self.kind = kind
         self.retryable = retryable
@@ -73,9 +77,14 @@ def read_api_key(key_file: str = "") -> str:
         from dotenv import dotenv_values
 
         try:
-            key = os.environ.get(KEY_VARIABLE, "").strip() or (dotenv_values(".env", encoding="utf-8-sig").get(KEY_VARIABLE) or "").strip()
+            key = (
+                os.environ.get(KEY_VARIABLE, "").strip()
+                or (dotenv_values(".env", encoding="utf-8-sig").get(KEY_VARIABLE) or "").strip()
+            )
         except UnicodeDecodeError:
-            raise TeacherError(f".env is not text in UTF-8; save it as that, or set {KEY_VARIABLE} in the environment.") from None
+            raise TeacherError(
+                f".env is not text in UTF-8; save it as that, or set {KEY_VARIABLE} in the environment."
+            ) from None
     if not key:
         raise TeacherError(
             f"No API key. Set {KEY_VARIABLE} in the environment of this machine (of the nodes, on a cluster) or in .env, or give --api-key-file."
@@ -97,7 +106,9 @@ class ChatClient:
 
     def __init__(self, base_url: str, api_key: str, timeout_seconds: float) -> None:
         self._url = chat_url(base_url)
-        self._headers = {"Content-Type": "application/json"} | ({} if api_key == NO_KEY else {"Authorization": f"Bearer {api_key}"})
+        self._headers = {"Content-Type": "application/json"} | (
+            {} if api_key == NO_KEY else {"Authorization": f"Bearer {api_key}"}
+        )
         self._key = api_key.encode()
         self._timeout = aiohttp.ClientTimeout(total=timeout_seconds, sock_connect=min(timeout_seconds, CONNECT_SECONDS))
         self._session: aiohttp.ClientSession | None = None
@@ -139,16 +150,26 @@ class ChatClient:
                 data = await response.read()
                 if response.status in REDIRECTS:
                     place = self._hide_key(response.headers.get("Location", "").encode(errors="replace")).decode()
-                    raise TeacherError(f"{self._url} redirects to {place or 'nowhere'}. Give --base-url the address that answers; finished rows are kept.")
+                    raise TeacherError(
+                        f"{self._url} redirects to {place or 'nowhere'}. Give --base-url the address that answers; finished rows are kept."
+                    )
                 if response.status != 200:
-                    raise _failure(self._url, response.status, response.headers.get("Retry-After"), self._hide_key(data))
+                    raise _failure(
+                        self._url, response.status, response.headers.get("Retry-After"), self._hide_key(data)
+                    )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             cause = getattr(error, "os_error", None) or getattr(error, "certificate_error", None)
-            raise Unreachable(f"no connection to {self._url} ({getattr(cause, 'strerror', None) or cause or 'timeout'})") from None
+            raise Unreachable(
+                f"no connection to {self._url} ({getattr(cause, 'strerror', None) or cause or 'timeout'})"
+            ) from None
         except TimeoutError:
-            raise CallFailed(f"no answer within {self._timeout.total:g} s", "timeout", retryable=True, is_ambiguous=True) from None
+            raise CallFailed(
+                f"no answer within {self._timeout.total:g} s", "timeout", retryable=True, is_ambiguous=True
+            ) from None
         except (aiohttp.ClientError, ConnectionError) as error:
-            raise CallFailed(f"the connection broke ({type(error).__name__})", "reset", retryable=True, is_ambiguous=True) from None
+            raise CallFailed(
+                f"the connection broke ({type(error).__name__})", "reset", retryable=True, is_ambiguous=True
+            ) from None
         if len(self._key) >= FEWEST_KEY_CHARACTERS:
             data = self._hide_key(data)
         return data, read_reply(data)
@@ -170,7 +191,9 @@ def check_reachable(base_url: str, seconds: float = 10.0) -> None:
             return
         except (OSError, UnicodeError) as error:  # the second of a name that no host can have
             if is_last:
-                raise Unreachable(f"no connection to {base_url} ({getattr(error, 'strerror', None) or error})") from None
+                raise Unreachable(
+                    f"no connection to {base_url} ({getattr(error, 'strerror', None) or error})"
+                ) from None
             time.sleep(0.5)
 
 
@@ -192,7 +215,9 @@ def read_reply(data: bytes) -> Reply:
         counts = [_as_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
         return Reply(_mend(text or ""), choice.get("finish_reason"), body.get("model", ""), *counts)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-        raise CallFailed("the body of the reply is not a chat completion", "no_completion", retryable=True, is_ambiguous=True) from None
+        raise CallFailed(
+            "the body of the reply is not a chat completion", "no_completion", retryable=True, is_ambiguous=True
+        ) from None
 
 
 def _as_count(value: object) -> int | None:
@@ -211,7 +236,9 @@ def _mend(text: str) -> str:
 def _failure(url: str, status: int, retry_after: str | None, data: bytes) -> Exception:
     message = _error_message(data)
     if status in (401, 403):
-        return TeacherError(f"{url} refuses the API key (HTTP {status}: {message}). Check {KEY_VARIABLE}; finished rows are kept.")
+        return TeacherError(
+            f"{url} refuses the API key (HTTP {status}: {message}). Check {KEY_VARIABLE}; finished rows are kept."
+        )
     if status == 404:
         return TeacherError(f"{url}: HTTP 404: {message}. Check --base-url and --model; finished rows are kept.")
     retryable = status in (408, 425, 429) or status >= 500

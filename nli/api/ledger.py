@@ -43,12 +43,16 @@ Operation = tuple
 class Ledger:
     """The one writer's side of a ledger folder; several processes of one host may each have one. Raises StorageError if another host has it open."""
 
-    def __init__(self, folder: Path, lease_seconds: float = LEASE_SECONDS, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, folder: Path, lease_seconds: float = LEASE_SECONDS, clock: Callable[[], float] = time.time
+    ) -> None:
         self.path = folder / "ledger.sqlite"
         self.lease_seconds = lease_seconds
         self._clock = clock
         self._beats: dict[str, float] = {}  # when an owner's beat was last written
-        self._heard: dict[str, float] = {}  # when the last commit ended that an owner took part in: a slow disk is no sign of its death
+        self._heard: dict[
+            str, float
+        ] = {}  # when the last commit ended that an owner took part in: a slow disk is no sign of its death
         self._runs: set[str] = set()  # that have a row
         self._changes: dict[str, Counter] = {}  # of runs' sums in this transaction
         self._budgets: dict[str, tuple] = {}  # of runs, as this transaction found them
@@ -81,7 +85,10 @@ class Ledger:
             now = self._clock()
             for owner, _ in batches:  # before any operation: nobody in this batch is dead
                 self._beat(owner, now)
-            answers = [[_APPLY[operation[0]](self, owner, now, *operation[1:]) for operation in operations] for owner, operations in batches]
+            answers = [
+                [_APPLY[operation[0]](self, owner, now, *operation[1:]) for operation in operations]
+                for owner, operations in batches
+            ]
         self._heard.update(dict.fromkeys((owner for owner, _ in batches), self._clock()))
         return answers
 
@@ -101,15 +108,22 @@ class Ledger:
     def _charge_unpriced(self, run: str, price: Price) -> None:
         self._db.create_function("price_of", 2, price.cost_nanodollars)
         unpriced = "WHERE run = ? AND state = 'done' AND cost = 0 AND prompt_tokens + completion_tokens > 0"
-        (owed,) = self._db.execute(f"SELECT SUM(price_of(prompt_tokens, completion_tokens)) FROM requests {unpriced}", (run,)).fetchone()
+        (owed,) = self._db.execute(
+            f"SELECT SUM(price_of(prompt_tokens, completion_tokens)) FROM requests {unpriced}", (run,)
+        ).fetchone()
         if owed:
-            self._db.execute(f"UPDATE requests SET cost = price_of(prompt_tokens, completion_tokens) {unpriced}", (run,))
+            self._db.execute(
+                f"UPDATE requests SET cost = price_of(prompt_tokens, completion_tokens) {unpriced}", (run,)
+            )
             self._add(run, cost=owed)
 
     def settle(self, keys: Iterable[bytes]) -> None:
         """Mark first replies as judged for good: a later parser reads them anew and asks for no repair."""
         with self._transaction():
-            self._db.executemany("UPDATE requests SET settled = 1 WHERE key = ? AND state = 'done' AND settled = 0", ((key,) for key in keys))
+            self._db.executemany(
+                "UPDATE requests SET settled = 1 WHERE key = ? AND state = 'done' AND settled = 0",
+                ((key,) for key in keys),
+            )
 
     def read_totals(self, run: str) -> Totals:
         """A run's sums."""
@@ -138,7 +152,9 @@ class Ledger:
                     self._budgets.clear()
                     self._forgive(came_at)
         except sqlite3.Error as error:
-            raise StorageError(f"{self.path}: cannot be written ({error}). Free space or mend the disk; what was stored before is kept.") from None
+            raise StorageError(
+                f"{self.path}: cannot be written ({error}). Free space or mend the disk; what was stored before is kept."
+            ) from None
 
     def _forgive(self, came_at: float) -> None:
         """After a long wait for the disk or for who holds it, let the other writers, which may have waited too, be heard of before they are taken for dead."""
@@ -153,7 +169,11 @@ class Ledger:
 
     def _is_alive(self, owner: str, now: float) -> bool:
         # A beat far ahead of the clock is one from before the clock was set back.
-        if owner.startswith(BATCH_OWNER) or time.monotonic() < self._patient_until or abs(now - self._heard.get(owner, -math.inf)) < self.lease_seconds:
+        if (
+            owner.startswith(BATCH_OWNER)
+            or time.monotonic() < self._patient_until
+            or abs(now - self._heard.get(owner, -math.inf)) < self.lease_seconds
+        ):
             return True
         beat = self._db.execute("SELECT beat FROM owners WHERE owner = ?", (owner,)).fetchone()
         return beat is not None and abs(now - beat[0]) < self.lease_seconds
@@ -178,21 +198,34 @@ class Ledger:
     def _read_budget(self, run: str) -> tuple[int | None, str | None, int, int]:
         """(most cost, why the run is halted, spent, reserved) as they stand in this transaction."""
         if run not in self._budgets:
-            self._budgets[run] = self._db.execute("SELECT max_cost, halted, cost + held, reserved FROM runs WHERE run = ?", (run,)).fetchone()
+            self._budgets[run] = self._db.execute(
+                "SELECT max_cost, halted, cost + held, reserved FROM runs WHERE run = ?", (run,)
+            ).fetchone()
         max_cost, halted, spent, reserved = self._budgets[run]
         changes = self._changes.get(run, {})
-        return max_cost, halted, spent + changes.get("cost", 0) + changes.get("held", 0), reserved + changes.get("reserved", 0)
+        return (
+            max_cost,
+            halted,
+            spent + changes.get("cost", 0) + changes.get("held", 0),
+            reserved + changes.get("reserved", 0),
+        )
 
     def _sweep(self, run: str, now: float) -> None:
         """Make the sends of dead owners ambiguous, so that what they reserved counts as held and nobody waits for them."""
         self._swept[run] = now
-        for (owner,) in self._db.execute("SELECT DISTINCT owner FROM requests WHERE run = ? AND state = 'sent'", (run,)).fetchall():
+        for (owner,) in self._db.execute(
+            "SELECT DISTINCT owner FROM requests WHERE run = ? AND state = 'sent'", (run,)
+        ).fetchall():
             if not self._is_alive(owner, now):
-                rows = self._db.execute("SELECT key, reserved FROM requests WHERE run = ? AND state = 'sent' AND owner = ?", (run, owner)).fetchall()
+                rows = self._db.execute(
+                    "SELECT key, reserved FROM requests WHERE run = ? AND state = 'sent' AND owner = ?", (run, owner)
+                ).fetchall()
                 for key, reserved in rows:
                     self._mark_ambiguous(key, run, reserved, *LOST_WORKER, "ambiguous", now)
 
-    def _mark_ambiguous(self, key: bytes, run: str, reserved: int, kind: str, problem: str, state: str, now: float) -> None:
+    def _mark_ambiguous(
+        self, key: bytes, run: str, reserved: int, kind: str, problem: str, state: str, now: float
+    ) -> None:
         """Count a send as one without answer. Its row keeps what was reserved, by which `_resolve` takes it back if an answer comes after all."""
         self._db.execute(
             "UPDATE requests SET state = ?, kind = ?, problem = ?, is_unsure = 1, ambiguous_sends = ambiguous_sends + 1, ended_at = ? WHERE key = ?",
@@ -202,7 +235,10 @@ class Ledger:
 
     def _resolve(self, found: "_Found") -> None:
         """Take back that the last send is one without answer."""
-        self._db.execute("UPDATE requests SET is_unsure = 0, ambiguous_sends = ambiguous_sends - 1, reserved = 0 WHERE key = ?", (found.key,))
+        self._db.execute(
+            "UPDATE requests SET is_unsure = 0, ambiguous_sends = ambiguous_sends - 1, reserved = 0 WHERE key = ?",
+            (found.key,),
+        )
         self._add(found.run, held=-found.reserved, ambiguous_sends=-1)
 
     def _find(self, key: bytes) -> "_Found | None":
@@ -213,7 +249,12 @@ class Ledger:
         if parent is not None:
             other = self._find_other_repair(parent, key)
             if other is not None:
-                return ("done", read_reply_body(self._db, other), False, None)  # another worker has had the parent repaired, by another reply of its own
+                return (
+                    "done",
+                    read_reply_body(self._db, other),
+                    False,
+                    None,
+                )  # another worker has had the parent repaired, by another reply of its own
             self._db.execute("UPDATE requests SET repair = ? WHERE key = ?", (key, parent))
         insert = "INSERT OR IGNORE INTO requests (key, run, state, owner, claimed_at) VALUES (?, ?, 'claimed', ?, ?)"
         if self._db.execute(insert, (key, run, owner, now)).rowcount:
@@ -239,13 +280,17 @@ class Ledger:
             self._db.execute("UPDATE requests SET is_unsure = 0, reserved = 0 WHERE key = ?", (key,))
             self._add(found.run, repairs=-int(parent is not None))
             self._add(run, repairs=int(parent is not None))
-        self._db.execute("UPDATE requests SET state = 'claimed', owner = ?, run = ?, claimed_at = ? WHERE key = ?", (owner, run, now, key))
+        self._db.execute(
+            "UPDATE requests SET state = 'claimed', owner = ?, run = ?, claimed_at = ? WHERE key = ?",
+            (owner, run, now, key),
+        )
         return ("go", found.sends)
 
     def _find_other_repair(self, parent: bytes, key: bytes) -> int | None:
         """The reply of a repair of `parent` other than `key`, if it has one."""
         found = self._db.execute(
-            "SELECT r.reply FROM requests p JOIN requests r ON r.key = p.repair WHERE p.key = ? AND r.key != ? AND r.state = 'done'", (parent, key)
+            "SELECT r.reply FROM requests p JOIN requests r ON r.key = p.repair WHERE p.key = ? AND r.key != ? AND r.state = 'done'",
+            (parent, key),
         ).fetchone()
         return found[0] if found else None
 
@@ -264,11 +309,16 @@ class Ledger:
             if reserved > 0 and now - self._swept.get(found.run, -math.inf) > self.lease_seconds / 10:
                 self._sweep(found.run, now)
             return ("full",) if reserved > 0 else ("over",)
-        self._db.execute("UPDATE requests SET state = 'sent', sends = ?, is_unsure = 0, reserved = ?, sent_at = ? WHERE key = ?", (n, reserve, now, key))
+        self._db.execute(
+            "UPDATE requests SET state = 'sent', sends = ?, is_unsure = 0, reserved = ?, sent_at = ? WHERE key = ?",
+            (n, reserve, now, key),
+        )
         self._add(found.run, reserved=reserve)
         return ("go",)
 
-    def _open(self, owner: str, now: float, key: bytes, run: str, policy: str, parent: bytes | None, reserve: int) -> tuple:
+    def _open(
+        self, owner: str, now: float, key: bytes, run: str, policy: str, parent: bytes | None, reserve: int
+    ) -> tuple:
         if parent is None and self._open_new(owner, now, key, run, reserve):
             return ("go", 1)
         found = self._find(key)
@@ -293,7 +343,17 @@ class Ledger:
         self._add(run, reserved=reserve)
         return True
 
-    def _done(self, owner: str, now: float, key: bytes, n: int, reply: bytes, num_prompt_tokens: int, num_completion_tokens: int, cost: int) -> tuple:
+    def _done(
+        self,
+        owner: str,
+        now: float,
+        key: bytes,
+        n: int,
+        reply: bytes,
+        num_prompt_tokens: int,
+        num_completion_tokens: int,
+        cost: int,
+    ) -> tuple:
         found = self._find(key)
         is_last = found is not None and found.sends == n
         if found is None or found.state == "done" or (found.state == "sent" and not is_last):
@@ -318,11 +378,16 @@ class Ledger:
         found = self._find(key)
         if found is None or found.owner != owner:
             return ("ok",)
-        is_unsent = found.state == "claimed" and is_final and n in (found.sends, found.sends + 1)  # given up: an earlier send stays what it is
+        is_unsent = (
+            found.state == "claimed" and is_final and n in (found.sends, found.sends + 1)
+        )  # given up: an earlier send stays what it is
         if not is_unsent and (found.sends != n or found.state not in ("sent", "ambiguous")):
             return ("ok",)
         state = "failed" if is_final else "claimed"
-        self._db.execute("UPDATE requests SET state = ?, kind = ?, problem = ?, ended_at = ? WHERE key = ?", (state, kind, problem, now, key))
+        self._db.execute(
+            "UPDATE requests SET state = ?, kind = ?, problem = ?, ended_at = ? WHERE key = ?",
+            (state, kind, problem, now, key),
+        )
         if found.state == "sent":
             self._db.execute("UPDATE requests SET reserved = 0 WHERE key = ?", (key,))
             self._add(found.run, reserved=-found.reserved)
@@ -334,7 +399,9 @@ class Ledger:
     def _lose(self, owner: str, now: float, key: bytes, n: int, kind: str, problem: str, is_final: bool) -> tuple:
         found = self._find(key)
         if found is not None and found.owner == owner and found.state == "sent" and found.sends == n:
-            self._mark_ambiguous(key, found.run, found.reserved, kind, problem, "ambiguous" if is_final else "claimed", now)
+            self._mark_ambiguous(
+                key, found.run, found.reserved, kind, problem, "ambiguous" if is_final else "claimed", now
+            )
         return ("ok",)
 
     def _note_beat(self, owner: str, now: float, run: str = "") -> tuple:

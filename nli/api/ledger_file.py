@@ -82,21 +82,31 @@ def connect(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA cache_size=-8000")
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
-        connection.execute("PRAGMA wal_autocheckpoint=4000")  # pages: keys are hashes, so a checkpoint writes to most of the file
+        connection.execute(
+            "PRAGMA wal_autocheckpoint=4000"
+        )  # pages: keys are hashes, so a checkpoint writes to most of the file
         for statement in _SCHEMA.split(";"):  # each a transaction of its own, and none where the table is there
             connection.execute(statement)
         found = _list_columns(connection)
     except sqlite3.Error as error:
-        raise StorageError(f"{path}: the ledger cannot be opened ({error}). Give --ledger-dir a folder on a disk that this machine can write to.") from None
+        raise StorageError(
+            f"{path}: the ledger cannot be opened ({error}). Give --ledger-dir a folder on a disk that this machine can write to."
+        ) from None
     if found != _own_columns():
         connection.close()
         names = ", ".join(sorted(f"{table}.{column}" for table, column in found ^ _own_columns()))
-        raise StorageError(f"{path}: a ledger of another version of this project (they differ in {names}). Use that version, or give another --ledger-dir.")
+        raise StorageError(
+            f"{path}: a ledger of another version of this project (they differ in {names}). Use that version, or give another --ledger-dir."
+        )
     return connection
 
 
 def _list_columns(db: sqlite3.Connection) -> set[tuple[str, str]]:
-    return set(db.execute("SELECT t.name, c.name FROM sqlite_master t, pragma_table_info(t.name) c WHERE t.type = 'table' AND t.name NOT LIKE 'sqlite_%'"))
+    return set(
+        db.execute(
+            "SELECT t.name, c.name FROM sqlite_master t, pragma_table_info(t.name) c WHERE t.type = 'table' AND t.name NOT LIKE 'sqlite_%'"
+        )
+    )
 
 
 @lru_cache(maxsize=1)
@@ -113,7 +123,9 @@ class LedgerReader:
         self.path = folder / "ledger.sqlite"
         if not self.path.exists():
             raise StorageError(f"{self.path}: no ledger there.")
-        *self._locks, self._db = open_ledger(folder)  # a reader of a WAL database writes its -shm file, and so must be of the same host
+        *self._locks, self._db = open_ledger(
+            folder
+        )  # a reader of a WAL database writes its -shm file, and so must be of the same host
         self._db.execute("PRAGMA query_only=ON")
 
     def close(self) -> None:
@@ -140,7 +152,11 @@ class LedgerReader:
     def count_states(self, run: str) -> dict[str, int]:
         """How many of a run's requests are in which state."""
         with reading(self.path):
-            return dict(self._db.execute("SELECT state, COUNT(*) FROM requests WHERE run = ? GROUP BY state ORDER BY state", (run,)))
+            return dict(
+                self._db.execute(
+                    "SELECT state, COUNT(*) FROM requests WHERE run = ? GROUP BY state ORDER BY state", (run,)
+                )
+            )
 
     def list_rows(self) -> Iterator[dict]:
         """Every request without its reply, for people and tests."""
@@ -214,7 +230,9 @@ def _lock_for_host(folder: Path) -> TextIO:
     if holder.split(" ")[-1] != me.split(" ")[-1]:
         file.close()
         name = holder.split(" ")[0] or "another machine"
-        raise StorageError(f"{folder}: the ledger is in use on {name}; run the job on that machine's cluster, or give another --ledger-dir.")
+        raise StorageError(
+            f"{folder}: the ledger is in use on {name}; run the job on that machine's cluster, or give another --ledger-dir."
+        )
     return file
 
 

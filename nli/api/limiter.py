@@ -33,7 +33,9 @@ FEWEST_TO_CATCH_UP = 200  # requests per minute
 LOOKAHEAD_SECONDS = 0.25  # grants may be dated so far ahead, which saves round trips
 FREE_SECONDS = 1.0  # how long a worker takes "no limit" for granted
 LONGEST_PAUSE_SECONDS = 600.0
-WORKER_LEASE_SECONDS = 15.0  # a worker that was silent for so long is dead, and its calls with it; live ones are heard every second
+WORKER_LEASE_SECONDS = (
+    15.0  # a worker that was silent for so long is dead, and its calls with it; live ones are heard every second
+)
 WAITING_SECONDS = 2.0  # a worker that waits for a grant asks at least every second
 BREAKER_FAILURES = 20
 LONGEST_BREAK_SECONDS = 60.0
@@ -54,9 +56,15 @@ class Limits:
         """Whether nothing is limited."""
         return not (self.requests_per_minute or self.tokens_per_minute or self.max_in_flight)
 
-    def changed(self, requests_per_minute: float | None, tokens_per_minute: float | None, max_in_flight: int | None) -> "Limits":
+    def changed(
+        self, requests_per_minute: float | None, tokens_per_minute: float | None, max_in_flight: int | None
+    ) -> "Limits":
         """These limits with the given ones in their place; None leaves one as it is."""
-        given = {"requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute, "max_in_flight": max_in_flight}
+        given = {
+            "requests_per_minute": requests_per_minute,
+            "tokens_per_minute": tokens_per_minute,
+            "max_in_flight": max_in_flight,
+        }
         return replace(self, **{name: value for name, value in given.items() if value is not None})
 
 
@@ -110,7 +118,9 @@ class AccountLimiter:
     `hold_off_seconds`: nothing is granted for so long, and the minute before is taken for a full one: what a limiter does that follows one that died.
     """
 
-    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic, hold_off_seconds: float = 0.0) -> None:
+    def __init__(
+        self, limits: Limits, clock: Callable[[], float] = time.monotonic, hold_off_seconds: float = 0.0
+    ) -> None:
         self._limits = limits
         self._clock = clock
         self._first_number = self._next_number = 1 + secrets.randbits(48)  # none that an earlier limiter gave
@@ -141,8 +151,12 @@ class AccountLimiter:
     @limits.setter
     def limits(self, limits: Limits) -> None:
         now, before = self._clock(), self._limits
-        self._next_request_at = now + _rescale(self._next_request_at - now, before.requests_per_minute, limits.requests_per_minute)
-        self._next_tokens_at = now + _rescale(self._next_tokens_at - now, before.tokens_per_minute, limits.tokens_per_minute)
+        self._next_request_at = now + _rescale(
+            self._next_request_at - now, before.requests_per_minute, limits.requests_per_minute
+        )
+        self._next_tokens_at = now + _rescale(
+            self._next_tokens_at - now, before.tokens_per_minute, limits.tokens_per_minute
+        )
         self._limits = limits
 
     @property
@@ -161,7 +175,13 @@ class AccountLimiter:
         return min((bound for bound in (self._ceiling, self.limits.max_in_flight) if bound), default=0)
 
     def sync(
-        self, name: str, wants: Sequence[int], ended: Sequence[Ended], held: Mapping[int, int] | None = None, num_free: int = 0, num_unseen: int = 0
+        self,
+        name: str,
+        wants: Sequence[int],
+        ended: Sequence[Ended],
+        held: Mapping[int, int] | None = None,
+        num_free: int = 0,
+        num_unseen: int = 0,
     ) -> Grants:
         """Take note of calls that ended and grant what fits of those wanted, each given by the most tokens that it may use.
 
@@ -176,7 +196,9 @@ class AccountLimiter:
         if held is not None:
             self._compare(worker, held, now)
         if num_unseen and self.limits.requests_per_minute:
-            self._next_request_at = max(now, self._next_request_at) + num_unseen * _request_spacing(self.limits.requests_per_minute)[0]
+            self._next_request_at = (
+                max(now, self._next_request_at) + num_unseen * _request_spacing(self.limits.requests_per_minute)[0]
+            )
         self._forget_the_silent(now)
         if self._is_free(now):
             worker.is_waiting = False
@@ -190,7 +212,9 @@ class AccountLimiter:
             numbers.append(self._grant(worker, tokens, now))
             delays.append(wait)
         worker.is_waiting = len(numbers) < len(wants)
-        return Grants(numbers, delays, False, wait, now - self._failing_since if self._is_broken() else 0.0, self.num_workers)
+        return Grants(
+            numbers, delays, False, wait, now - self._failing_since if self._is_broken() else 0.0, self.num_workers
+        )
 
     def _grant(self, worker: _Worker, tokens: int, now: float) -> int:
         number, self._next_number = self._next_number, self._next_number + 1
@@ -231,7 +255,11 @@ class AccountLimiter:
 
     def _has_room(self, worker: _Worker, most: int, now: float) -> bool:
         """Whether one more call may be under way. While others wait, no worker has more than its share: one that asks first each time would have all."""
-        num_others = sum(other.is_waiting and now - other.heard_at <= WAITING_SECONDS for other in self._workers.values() if other is not worker)
+        num_others = sum(
+            other.is_waiting and now - other.heard_at <= WAITING_SECONDS
+            for other in self._workers.values()
+            if other is not worker
+        )
         return self.num_in_flight < most and (not num_others or len(worker.calls) < math.ceil(most / (1 + num_others)))
 
     def _seconds_until_tokens_fit(self, tokens: int, now: float) -> float:
@@ -265,13 +293,17 @@ class AccountLimiter:
         if ended.ending == "limited":
             self._cut(ended, now)
         elif ended.ending == "ok":
-            self._mean_tokens = ended.tokens if self._mean_tokens is None else 0.95 * self._mean_tokens + 0.05 * ended.tokens
+            self._mean_tokens = (
+                ended.tokens if self._mean_tokens is None else 0.95 * self._mean_tokens + 0.05 * ended.tokens
+            )
             if self._ceiling:
                 self._ceiling += 1 / self._ceiling
 
     def _cut(self, ended: Ended, now: float) -> None:
         self._paused_until = max(self._paused_until, now + min(ended.retry_after, LONGEST_PAUSE_SECONDS))
-        unaware = LOOKAHEAD_SECONDS + (0.0 if ended.number else FREE_SECONDS)  # for so long calls go out whose worker has not heard of a cut
+        unaware = LOOKAHEAD_SECONDS + (
+            0.0 if ended.number else FREE_SECONDS
+        )  # for so long calls go out whose worker has not heard of a cut
         if now - ended.sent_seconds_ago <= self._cut_at + unaware:
             return  # of the same wave
         under_way = self.num_in_flight + 1

@@ -15,7 +15,16 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
-from nli.api.limiter import FREE_SECONDS, LOOKAHEAD_SECONDS, MARGIN_SECONDS, WINDOW_SECONDS, AccountLimiter, Ended, Grants, Limits
+from nli.api.limiter import (
+    FREE_SECONDS,
+    LOOKAHEAD_SECONDS,
+    MARGIN_SECONDS,
+    WINDOW_SECONDS,
+    AccountLimiter,
+    Ended,
+    Grants,
+    Limits,
+)
 
 SYNC_SECONDS = 5.0  # without answer for so long, the limiter is taken for dead
 STALE_SECONDS = 0.25  # by which a call may go out later than it was granted for; half of the limiter's margin
@@ -30,7 +39,14 @@ class LimiterClient:
     While `sync` fails, the worker keeps to 1/(2 x num_workers) of the limits by itself, and looks every second whether the limiter is back.
     """
 
-    def __init__(self, sync: Sync | None, worker: str, limits: Limits, num_workers: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        sync: Sync | None,
+        worker: str,
+        limits: Limits,
+        num_workers: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.worker = worker
         self.failing_seconds = 0.0
         self._sync = sync
@@ -44,7 +60,9 @@ class LimiterClient:
         self._wants: deque[tuple[int, asyncio.Future]] = deque()
         self._ended: deque[tuple[float, Ended]] = deque()  # that the limiter has not heard of, with when it was
         self._ended_alone: list[Ended] = []  # the same for the local share
-        self._held: dict[int, tuple[int, float]] = {}  # grants that have not ended: (most tokens, when the call may go out)
+        self._held: dict[
+            int, tuple[int, float]
+        ] = {}  # grants that have not ended: (most tokens, when the call may go out)
         self._num_free = 0  # calls under way without grant
         self._is_thought_busy = False  # by the limiter, which must hear that the last call has ended
         self._free_until = 0.0
@@ -143,7 +161,10 @@ class LimiterClient:
         if number:
             # How long the answer took is the grant's age at most. What is usual on a busy machine is not held against it.
             now = self._clock()
-            self._held[number] = tokens, delay + (asked_at if now - asked_at > 4 * STALE_SECONDS else max(asked_at, now - STALE_SECONDS / 2))
+            self._held[number] = (
+                tokens,
+                delay + (asked_at if now - asked_at > 4 * STALE_SECONDS else max(asked_at, now - STALE_SECONDS / 2)),
+            )
         else:
             self._num_free += 1
         if future.done():  # cancelled
@@ -186,7 +207,9 @@ class LimiterClient:
     async def _sync_in_time(self, wants: list[int], ended: list[Ended], num_alone: int) -> tuple[Grants, float, Limits]:
         # Not wait_for: Python 3.11's swallows a cancellation that comes with the answer, and the loop would go on for ever.
         async with asyncio.timeout(SYNC_SECONDS):
-            return await self._sync(self.worker, wants, ended, *self._under_way(), num_alone, self._version, self._limits)
+            return await self._sync(
+                self.worker, wants, ended, *self._under_way(), num_alone, self._version, self._limits
+            )
 
     def _under_way(self) -> tuple[dict[int, int], int]:
         return {number: tokens for number, (tokens, _) in self._held.items()}, self._num_free
@@ -204,7 +227,9 @@ class LimiterClient:
         return not probe.cancelled() and probe.exception() is None
 
     def _note_probe(self, probe: asyncio.Task) -> None:
-        if not probe.cancelled() and probe.exception() is None:  # asked for here, since nobody may be left to look at it
+        if (
+            not probe.cancelled() and probe.exception() is None
+        ):  # asked for here, since nobody may be left to look at it
             self._wake.set()
 
     def _note(self, answer: tuple[Grants, float, Limits]) -> None:
@@ -216,7 +241,11 @@ class LimiterClient:
         part = 1 / (2 * self._num_workers)
         limits = self._limits
         in_flight = max(1, int(limits.max_in_flight * part)) if limits.max_in_flight else 0
-        share = Limits(requests_per_minute=limits.requests_per_minute * part, tokens_per_minute=limits.tokens_per_minute * part, max_in_flight=in_flight)
+        share = Limits(
+            requests_per_minute=limits.requests_per_minute * part,
+            tokens_per_minute=limits.tokens_per_minute * part,
+            max_in_flight=in_flight,
+        )
         space = (WINDOW_SECONDS + MARGIN_SECONDS) / share.requests_per_minute if share.requests_per_minute else 1.0
         return AccountLimiter(share, self._clock, hold_off_seconds=0.0 if share.is_none() else space)
 

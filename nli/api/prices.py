@@ -35,7 +35,9 @@ class Price:
 
     def cost_nanodollars(self, num_prompt_tokens: int, num_completion_tokens: int) -> int:
         """The cost of so many tokens in nano-dollars, rounded up."""
-        per_million = num_prompt_tokens * to_nanodollars(self.input_per_million) + num_completion_tokens * to_nanodollars(self.output_per_million)
+        per_million = num_prompt_tokens * to_nanodollars(
+            self.input_per_million
+        ) + num_completion_tokens * to_nanodollars(self.output_per_million)
         return -(-per_million // 10**6)
 
     def cost(self, num_prompt_tokens: int, num_completion_tokens: int) -> float:
@@ -74,10 +76,14 @@ def require_price(model: str) -> Price:
         return price
     if model.endswith("-latest"):
         dated = [name for name in PRICES if name.startswith(model.removesuffix("latest"))]
-        hint = " An alias has no price of its own, since what it points to changes" + (f": name {' or '.join(dated)}." if dated else ".")
+        hint = " An alias has no price of its own, since what it points to changes" + (
+            f": name {' or '.join(dated)}." if dated else "."
+        )
     else:
         hint = nearest(model, list(PRICES))
-    raise ConfigError(f"no price is known for model {model!r} (table of {PRICES_DATE}).{hint} Give the price itself, in dollars per million tokens.")
+    raise ConfigError(
+        f"no price is known for model {model!r} (table of {PRICES_DATE}).{hint} Give the price itself, in dollars per million tokens."
+    )
 
 
 @lru_cache(maxsize=64)  # asked for every call's tokens

@@ -88,7 +88,12 @@ class GroupCommit:
 class LedgerClient:
     """One worker's way to the ledger. `post` is `GroupCommit.post` or an actor's."""
 
-    def __init__(self, post: Callable[[str, Sequence[Operation]], Awaitable[list[tuple]]], owner: str, gather_seconds: float = GATHER_SECONDS) -> None:
+    def __init__(
+        self,
+        post: Callable[[str, Sequence[Operation]], Awaitable[list[tuple]]],
+        owner: str,
+        gather_seconds: float = GATHER_SECONDS,
+    ) -> None:
         self.owner = owner
         self._post = post
         self._gatherer = Gatherer(lambda operations: self._post(self.owner, operations), gather_seconds)
@@ -113,7 +118,9 @@ class LedgerClient:
     async def _beat(self, run: str, on_halt: Callable[[str], object]) -> None:
         while self._num_open:
             await asyncio.sleep(LEASE_SECONDS / 5)
-            with contextlib.suppress(Exception):  # whoever needs the ledger meets the error; this goes on, since the worker lives
+            with contextlib.suppress(
+                Exception
+            ):  # whoever needs the ledger meets the error; this goes on, since the worker lives
                 answer = await self.call("beat", run)
                 if answer[0] == "halted":
                     on_halt(answer[1])
@@ -183,11 +190,21 @@ class LimiterService(_Service):
         self._version = 0.0
 
     async def sync(
-        self, worker: str, wants: list[int], ended: list[Ended], held: dict[int, int], num_free: int, num_unseen: int, version: float, limits: Limits
+        self,
+        worker: str,
+        wants: list[int],
+        ended: list[Ended],
+        held: dict[int, int],
+        num_free: int,
+        num_unseen: int,
+        version: float,
+        limits: Limits,
     ) -> tuple[Grants, float, Limits]:
         """`AccountLimiter.sync`, and the limits in force with their version. A worker that knows newer ones (this actor may be a new one) brings them."""
         self._note_call()
-        if version > self._version and self._hold_off and not self._version:  # those of the one before were not those it was made with
+        if (
+            version > self._version and self._hold_off and not self._version
+        ):  # those of the one before were not those it was made with
             self._limiter = AccountLimiter(limits, hold_off_seconds=self._hold_off)
         if version > self._version:
             self._version, self._limiter.limits = version, limits
@@ -198,14 +215,21 @@ class LimiterService(_Service):
         self._note_call()
         before, self._limiter.limits = self._limiter.limits, limits
         if limits != before:
-            self._version = max(time.time(), self._version + 0.001)  # workers bring back what is newer, also after the clock was set back
+            self._version = max(
+                time.time(), self._version + 0.001
+            )  # workers bring back what is newer, also after the clock was set back
         return before
 
     async def describe(self) -> dict:
         """The limits in force, and how the account is doing."""
         self._note_call()
         limiter = self._limiter
-        return {"limits": limiter.limits, "in_flight": limiter.num_in_flight, "ceiling": limiter.ceiling, "workers": limiter.num_workers}
+        return {
+            "limits": limiter.limits,
+            "in_flight": limiter.num_in_flight,
+            "ceiling": limiter.ceiling,
+            "workers": limiter.num_workers,
+        }
 
 
 def account_name(base_url: str, api_key: str) -> str:
@@ -222,7 +246,10 @@ def start_ledger_service(folder: Path):
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"name": f"ledger:{folder}", "scheduling_strategy": here, "max_task_retries": -1}
-    return _start(lambda: ray.remote(LedgerService).options(**options, **_shared_options()).remote(str(folder), IDLE_SECONDS), f"the ledger in {folder}")
+    return _start(
+        lambda: ray.remote(LedgerService).options(**options, **_shared_options()).remote(str(folder), IDLE_SECONDS),
+        f"the ledger in {folder}",
+    )
 
 
 def start_limiter_service(base_url: str, api_key: str, limits: Limits):
@@ -230,7 +257,10 @@ def start_limiter_service(base_url: str, api_key: str, limits: Limits):
     import ray
 
     options = {"name": account_name(base_url, api_key), "max_task_retries": 0}
-    return _start(lambda: ray.remote(LimiterService).options(**options, **_shared_options()).remote(limits, IDLE_SECONDS), f"the limiter of {base_url}")
+    return _start(
+        lambda: ray.remote(LimiterService).options(**options, **_shared_options()).remote(limits, IDLE_SECONDS),
+        f"the limiter of {base_url}",
+    )
 
 
 def _start(create: Callable[[], object], what: str):
@@ -246,7 +276,9 @@ def _start(create: Callable[[], object], what: str):
         except ray.exceptions.RayActorError as error:
             wait = next(waits, None)
             if wait is None:
-                raise StorageError(f"the process of {what} does not start: {str(error).strip().splitlines()[-1]}") from None
+                raise StorageError(
+                    f"the process of {what} does not start: {str(error).strip().splitlines()[-1]}"
+                ) from None
             time.sleep(wait)
 
 
@@ -283,7 +315,9 @@ def post_to_actor(actor) -> Callable[[str, Sequence[Operation]], Awaitable[list[
                 answer = await actor.post.remote(owner, operations)
             except ray.exceptions.RayActorError as error:
                 if time.monotonic() > patient_until:
-                    raise StorageError(f"the ledger's process is gone and does not come back ({type(error).__name__}); run the command again.") from None
+                    raise StorageError(
+                        f"the ledger's process is gone and does not come back ({type(error).__name__}); run the command again."
+                    ) from None
                 await asyncio.sleep(0.5)
                 continue
             if isinstance(answer, NLIError):

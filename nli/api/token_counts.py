@@ -33,7 +33,11 @@ TOKENS_PER_MESSAGE = 4
 BYTES_PER_MESSAGE = 32
 """of the bound: more than any of Mistral's framings writes around a message, as tokens or as text"""
 
-_SPM_V1, _SPM_V2, _SPM_V3 = "tokenizer.model.v1", "mistral_instruct_tokenizer_240216.model.v2", "mistral_instruct_tokenizer_240323.model.v3"
+_SPM_V1, _SPM_V2, _SPM_V3 = (
+    "tokenizer.model.v1",
+    "mistral_instruct_tokenizer_240216.model.v2",
+    "mistral_instruct_tokenizer_240323.model.v3",
+)
 _SPM_V7, _TEKKEN = "mistral_instruct_tokenizer_241114.model.v7", "tekken_240718.json"
 _SHIPPED: dict[str, str] = {
     "codestral-2405": _SPM_V3,
@@ -83,7 +87,12 @@ def load_token_counter(model: str, tokenizer: str = "") -> TokenCounter:
         return _load_shipped(_SPM_V3, model, stands_in=True)
     if name.startswith(_MISTRAL_NAMES):
         return _load_shipped(_TEKKEN, model, stands_in=True)
-    return TokenCounter(f"estimate, {CHARACTERS_PER_TOKEN} characters a token", False, estimate_tokens, _add_per_message(estimate_tokens))
+    return TokenCounter(
+        f"estimate, {CHARACTERS_PER_TOKEN} characters a token",
+        False,
+        estimate_tokens,
+        _add_per_message(estimate_tokens),
+    )
 
 
 def bound_messages(messages: Messages) -> int:
@@ -91,7 +100,9 @@ def bound_messages(messages: Messages) -> int:
 
     It does not know a chat template that adds a text of its own.
     """
-    return BYTES_PER_MESSAGE + sum(BYTES_PER_MESSAGE + len(message["content"].encode("utf-8", "surrogatepass")) for message in messages)
+    return BYTES_PER_MESSAGE + sum(
+        BYTES_PER_MESSAGE + len(message["content"].encode("utf-8", "surrogatepass")) for message in messages
+    )
 
 
 def estimate_tokens(text: str) -> int:
@@ -139,7 +150,15 @@ def frame_v7(messages: Messages, count: Callable[[str], int]) -> int:
     return num_tokens
 
 
-_FRAMES = {"v1": frame_v1, "v2": frame_v3, "v3": frame_v3, "v7": frame_v7, "v11": frame_v7, "v13": frame_v7, "v15": frame_v7}
+_FRAMES = {
+    "v1": frame_v1,
+    "v2": frame_v3,
+    "v3": frame_v3,
+    "v7": frame_v7,
+    "v11": frame_v7,
+    "v13": frame_v7,
+    "v15": frame_v7,
+}
 
 
 def _join(contents: Sequence[str]) -> str:
@@ -149,7 +168,10 @@ def _join(contents: Sequence[str]) -> str:
 def _split_system(messages: Messages) -> tuple[str, list[tuple[str, str]]]:
     """All system messages as one, and the turns: neighbours of one role joined, a user first."""
     system = _join([message["content"] for message in messages if message["role"] == "system"])
-    grouped = [(role, [message["content"] for message in group]) for role, group in groupby(messages, key=lambda message: message["role"])]
+    grouped = [
+        (role, [message["content"] for message in group])
+        for role, group in groupby(messages, key=lambda message: message["role"])
+    ]
     turns = [(role, _join(contents)) for role, contents in grouped if role != "system"]
     return system, turns if turns and turns[0][0] == "user" else [("user", ""), *turns]
 
@@ -161,7 +183,9 @@ def _add_per_message(count: Callable[[str], int]) -> Callable[[Messages], int]:
 def _load_shipped(file_name: str, model: str, stands_in: bool = False) -> TokenCounter:
     import mistral_common
 
-    counter = _load_mistral(Path(mistral_common.__file__).parent / "data" / file_name, "v7" if stands_in and file_name == _TEKKEN else "")
+    counter = _load_mistral(
+        Path(mistral_common.__file__).parent / "data" / file_name, "v7" if stands_in and file_name == _TEKKEN else ""
+    )
     name = f"mistral-common's {file_name}" + (f", which stands in for the tokenizer of {model}" if stands_in else "")
     return TokenCounter(name, not stands_in, counter.count_text, counter.count_messages)
 
@@ -202,10 +226,14 @@ def _version() -> str:
 
 def _load_from(path: Path) -> TokenCounter:
     """A tokenizer that the user names: a file, or a folder with one."""
-    candidates = [path] if path.is_file() else [path / "tekken.json", *sorted(path.glob("*.model.v*")), path / "tokenizer.json"]
+    candidates = (
+        [path] if path.is_file() else [path / "tekken.json", *sorted(path.glob("*.model.v*")), path / "tokenizer.json"]
+    )
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
     if found is None:
-        raise ConfigError(f"{path}: no tokenizer there; give a folder with tekken.json or tokenizer.json, as a model's folder has it.")
+        raise ConfigError(
+            f"{path}: no tokenizer there; give a folder with tekken.json or tokenizer.json, as a model's folder has it."
+        )
     return _load_hugging_face(found) if found.name == "tokenizer.json" else _load_mistral(found)
 
 
@@ -223,7 +251,9 @@ def _load_hugging_face(path: Path) -> TokenCounter:
     render = _load_chat_template(path.parent)
     if render is None:
         return TokenCounter(f"{path}, without a chat template", False, count_text, _add_per_message(count_text))
-    return TokenCounter(f"{path} with its chat template", True, count_text, lambda messages: count_text(render(messages)))
+    return TokenCounter(
+        f"{path} with its chat template", True, count_text, lambda messages: count_text(render(messages))
+    )
 
 
 def _load_chat_template(folder: Path) -> Callable[[Messages], str] | None:
@@ -242,7 +272,9 @@ def _load_chat_template(folder: Path) -> Callable[[Messages], str] | None:
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     values = {"add_generation_prompt": True, "tools": None, "documents": None}
     values |= {name: _content_of(settings.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}

@@ -28,7 +28,12 @@ from nli.runtime.manifest import start_run
 if TYPE_CHECKING:
     from nli.data.row_checks import Facts, Finding
 
-SAMPLE_CSV = ("train=data/sample/train.csv", "dev=data/sample/dev.csv", "test=data/sample/test.csv", "demo=data/sample/demo.csv")
+SAMPLE_CSV = (
+    "train=data/sample/train.csv",
+    "dev=data/sample/dev.csv",
+    "test=data/sample/test.csv",
+    "demo=data/sample/demo.csv",
+)
 BUCKETS = ((0, 100), (101, 150), (151, 200), (201, 250), (251, 300), (301, None))
 """tokens of a thought: the ranges by which the original project measured its teacher"""
 NO_THOUGHT = "no thought"
@@ -92,7 +97,9 @@ def load_measure(tokenizer: str) -> tuple[Callable[[str], int], Callable[[str], 
         return count_words, lambda text: -(-len(text) // CHARACTERS_PER_TOKEN), "words"
     counter = load_token_counter("", tokenizer) if Path(tokenizer).exists() else load_token_counter(tokenizer)
     if counter.name.startswith("estimate"):
-        raise ConfigError(f"tokenizer {tokenizer!r} is no folder, file or Mistral model; give one, or none to measure in words.")
+        raise ConfigError(
+            f"tokenizer {tokenizer!r} is no folder, file or Mistral model; give one, or none to measure in words."
+        )
     return counter.count_text, counter.count_text, "tokens"
 
 
@@ -121,7 +128,15 @@ def score_teacher(where: str, facts: Sequence["Facts"], config: CheckDataConfig,
     for way, groups in ways.items():
         for group, span in sorted(set(groups) - ({(NO_THOUGHT, "")} if way == "tokens" else set()), key=_bucket_order):
             chosen = np.array([item == (group, span) for item in groups])
-            buckets.append({"file": where, "by": way, "group": group, "range": span, **score_group(truth[chosen], said[chosen], config.confidence)})
+            buckets.append(
+                {
+                    "file": where,
+                    "by": way,
+                    "group": group,
+                    "range": span,
+                    **score_group(truth[chosen], said[chosen], config.confidence),
+                }
+            )
     return summary, buckets
 
 
@@ -148,7 +163,11 @@ def run(config: CheckDataConfig) -> Path:
 
     files = {
         kind: {name: resolve_input(path, config.storage_root) for name, path in split_names(given)}
-        for kind, given in (("csv", config.csv_files()), ("thoughts", config.thoughts), ("reflections", config.reflections))
+        for kind, given in (
+            ("csv", config.csv_files()),
+            ("thoughts", config.thoughts),
+            ("reflections", config.reflections),
+        )
     }
     measure, count_tokens, unit = load_measure(config.tokenizer)
     folder = resolve_output(config.output_dir, config.storage_root)
@@ -156,8 +175,16 @@ def run(config: CheckDataConfig) -> Path:
     manifest = folder / "manifest.json"
     record = start_run(manifest, "data_check", {"stage": "data_check"}, config, inputs, manifest.exists())
 
-    check = {"unit": unit, "confidence": config.confidence, "bootstrap_draws": config.bootstrap_draws, "random_seed": config.random_seed}
-    check |= {"bucket_tokens": config.tokenizer or f"characters ÷ {CHARACTERS_PER_TOKEN}", "files": {kind: _as_text(named) for kind, named in files.items()}}
+    check = {
+        "unit": unit,
+        "confidence": config.confidence,
+        "bootstrap_draws": config.bootstrap_draws,
+        "random_seed": config.random_seed,
+    }
+    check |= {
+        "bucket_tokens": config.tokenizer or f"characters ÷ {CHARACTERS_PER_TOKEN}",
+        "files": {kind: _as_text(named) for kind, named in files.items()},
+    }
     splits, findings, lengths, check["splits"] = check_csvs(files["csv"], config, measure)
     check["shared"], found = compare_splits(splits)
     more = check_generated(files, splits, config, measure, count_tokens, unit)
@@ -172,15 +199,21 @@ def run(config: CheckDataConfig) -> Path:
     }
     write_atomic(folder / "check.json", json.dumps(check, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     write_atomic(folder / "report.html", render_check(check))
-    record.finish({"faults": check["faults"], "warnings": check["warnings"], "rows": sum(row["rows"] for row in check["splits"])})
+    record.finish(
+        {"faults": check["faults"], "warnings": check["warnings"], "rows": sum(row["rows"] for row in check["splits"])}
+    )
     print(render_text(check), flush=True)
     print(f"report: {folder / 'report.html'}", flush=True)
     if config.strict and check["faults"]:
-        raise DataError(f"the data have {count_findings(check)}, listed above and in {folder / 'check.json'}. Mend the faults, or check without --strict.")
+        raise DataError(
+            f"the data have {count_findings(check)}, listed above and in {folder / 'check.json'}. Mend the faults, or check without --strict."
+        )
     return folder / "report.html"
 
 
-def check_csvs(files: Mapping[str, Path], config: CheckDataConfig, measure: Callable[[str], int]) -> tuple[dict, list["Finding"], list, list[dict]]:
+def check_csvs(
+    files: Mapping[str, Path], config: CheckDataConfig, measure: Callable[[str], int]
+) -> tuple[dict, list["Finding"], list, list[dict]]:
     """The rows of each split that can be read, with findings, lengths and a summary of each."""
     from nli.data.row_checks import Finding, check_pairs, describe_lengths
 
@@ -196,7 +229,9 @@ def check_csvs(files: Mapping[str, Path], config: CheckDataConfig, measure: Call
         summary, found = check_pairs(name, rows)
         summaries.append(summary)
         findings += found
-        lengths += [describe_lengths(name, text, (measure(row[text]) for row in rows)) for text in ("premise", "hypothesis")]
+        lengths += [
+            describe_lengths(name, text, (measure(row[text]) for row in rows)) for text in ("premise", "hypothesis")
+        ]
     return splits, findings, lengths, summaries
 
 
@@ -229,9 +264,13 @@ def check_generated(
         facts, faults, sources = read_facts(path, Reflection, measure, count_tokens)
         summary, found = check_reflections(where, facts, answers.get(name))
         findings += [*check_records(where, facts, faults, "reflections"), *found]
-        findings += [finding for finding in compare_with_pairs(where, facts, splits.get(name, [])) if finding.level == "fault"]
+        findings += [
+            finding for finding in compare_with_pairs(where, facts, splits.get(name, [])) if finding.level == "fault"
+        ]
         lengths.append(describe_lengths(where, "improved thought", (fact.length for fact in facts)))
-        tables["reflections"].append(summary | {"statuses": dict(Counter(fact.status for fact in facts).most_common())} | sources)
+        tables["reflections"].append(
+            summary | {"statuses": dict(Counter(fact.status for fact in facts).most_common())} | sources
+        )
     return {"findings": findings, "lengths": lengths, "tables": tables}
 
 

@@ -22,7 +22,15 @@ def render_text(check: Mapping) -> str:
     """The findings, then one table for each kind of file that was checked."""
     parts = [count_findings(check), "\n".join(line for finding in check["findings"] for line in _describe(finding))]
     parts += [
-        align(table) for table in (table_splits(check), table_shared(check), table_answers(check), table_buckets(check), table_reflections(check)) if table
+        align(table)
+        for table in (
+            table_splits(check),
+            table_shared(check),
+            table_answers(check),
+            table_buckets(check),
+            table_reflections(check),
+        )
+        if table
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -38,16 +46,30 @@ def render_check(check: Mapping) -> str:
         tables=[
             {"title": title, "note": note, "rows": table}
             for title, note, table in (
-                ("Splits", "Premises counts distinct ones; repeated pairs are pairs that stand more than once.", table_splits(check)),
+                (
+                    "Splits",
+                    "Premises counts distinct ones; repeated pairs are pairs that stand more than once.",
+                    table_splits(check),
+                ),
                 ("Shared between splits", "Distinct premises and pairs that stand in both.", table_shared(check)),
                 ("Answers", _note_answers(check), table_answers(check)),
-                ("Reflections", "Those that reach the true label can stand in for wrong answers in a training file.", table_reflections(check)),
+                (
+                    "Reflections",
+                    "Those that reach the true label can stand in for wrong answers in a training file.",
+                    table_reflections(check),
+                ),
             )
             if table
         ],
         buckets=table_buckets(check),
-        marks=[{"name": name, "colour": COLOURS[number % len(COLOURS)], "glyph": GLYPHS[number % len(GLYPHS)]} for number, name in enumerate(files)],
-        charts=[draw_buckets(check["buckets"], way, files, min(lows, default=0.0)) for way in dict.fromkeys(row["by"] for row in check["buckets"])],
+        marks=[
+            {"name": name, "colour": COLOURS[number % len(COLOURS)], "glyph": GLYPHS[number % len(GLYPHS)]}
+            for number, name in enumerate(files)
+        ],
+        charts=[
+            draw_buckets(check["buckets"], way, files, min(lows, default=0.0))
+            for way in dict.fromkeys(row["by"] for row in check["buckets"])
+        ],
         histograms=[draw_lengths(text, rows, check["unit"]) for text, rows in group_lengths(check).items()],
         lengths=table_lengths(check),
     )
@@ -55,13 +77,22 @@ def render_check(check: Mapping) -> str:
 
 def count_findings(check: Mapping) -> str:
     """`1 fault, 0 warnings`"""
-    return ", ".join(f"{format_count(check[key])} {key if check[key] != 1 else key[:-1]}" for key in ("faults", "warnings"))
+    return ", ".join(
+        f"{format_count(check[key])} {key if check[key] != 1 else key[:-1]}" for key in ("faults", "warnings")
+    )
 
 
 def table_splits(check: Mapping) -> list[list[str]]:
     """Rows of text, the header first; empty where there is no split."""
     keys = ("rows", "label_1", "label_0", "unlabelled", "premises", "repeated_pairs", "conflicting_pairs")
-    rows = [[row["split"], *(format_count(row[key]) for key in keys), _share(row["label_1"], row["label_1"] + row["label_0"])] for row in check["splits"]]
+    rows = [
+        [
+            row["split"],
+            *(format_count(row[key]) for key in keys),
+            _share(row["label_1"], row["label_1"] + row["label_0"]),
+        ]
+        for row in check["splits"]
+    ]
     return [["split", *(key.replace("_", " ") for key in keys), "share of 1"], *rows] if rows else []
 
 
@@ -75,7 +106,19 @@ def table_shared(check: Mapping) -> list[list[str]]:
 def table_answers(check: Mapping) -> list[list[str]]:
     """The teacher's figures, unread answers first."""
     interval = f"{format_percent(check['confidence'])} interval"
-    header = ["answers", "rows", "unparsed", "accuracy", interval, "macro F1", interval, "precision of 1", "recall of 1", "F1 of 1", interval]
+    header = [
+        "answers",
+        "rows",
+        "unparsed",
+        "accuracy",
+        interval,
+        "macro F1",
+        interval,
+        "precision of 1",
+        "recall of 1",
+        "F1 of 1",
+        interval,
+    ]
     rows = [
         [
             *(row["file"], format_count(row["rows"]), format_count(row["unparsed"])),
@@ -98,7 +141,21 @@ def table_buckets(check: Mapping) -> list[list[str]]:
         ]
         for row in check["buckets"]
     ]
-    return [["answers", "length of thought", "rows", "unparsed", "accuracy", f"{format_percent(check['confidence'])} interval"], *rows] if rows else []
+    return (
+        [
+            [
+                "answers",
+                "length of thought",
+                "rows",
+                "unparsed",
+                "accuracy",
+                f"{format_percent(check['confidence'])} interval",
+            ],
+            *rows,
+        ]
+        if rows
+        else []
+    )
 
 
 def table_reflections(check: Mapping) -> list[list[str]]:
@@ -119,7 +176,11 @@ def align(table: Sequence[Sequence[str]]) -> str:
     """A table as text: the first column to the left, the others to the right."""
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     return "\n".join(
-        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in table
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in table
     )
 
 
@@ -137,7 +198,9 @@ def draw_buckets(buckets: Sequence[Mapping], way: str, files: Sequence[str], lef
     for row in buckets:
         if row["by"] == way and row["n"] > row["unparsed"]:
             name = _name_bucket(row) if len(files) == 1 else row["group"]
-            lines.setdefault(name, []).append((files.index(row["file"]), row["accuracy"], row["accuracy_low"], row["accuracy_high"], row["n"] < 20))
+            lines.setdefault(name, []).append(
+                (files.index(row["file"]), row["accuracy"], row["accuracy_low"], row["accuracy_high"], row["n"] < 20)
+            )
     title = "By quartile of thought length" if way == "quartile" else "By tokens of the thought"
     return {"title": title, "svg": draw_intervals(list(lines.items()), "accuracy", left, width=5.1, line=0.24)}
 
@@ -151,7 +214,9 @@ def draw_lengths(text: str, rows: Sequence[Mapping], unit: str) -> dict:
         for number, row in enumerate(rows):
             step = row["edges"][1] - row["edges"][0]
             shares = [count / row["n"] / step for count in row["counts"]]
-            axes.stairs(shares, row["edges"], color=COLOURS[number % len(COLOURS)], linewidth=1.5, label=row["where"], alpha=0.9)
+            axes.stairs(
+                shares, row["edges"], color=COLOURS[number % len(COLOURS)], linewidth=1.5, label=row["where"], alpha=0.9
+            )
         axes.set_xlabel(unit, color="#52606d")
         axes.set_ylabel(f"share of rows per {unit.removesuffix('s')}", color="#52606d")
         axes.set_ylim(bottom=0)
@@ -173,7 +238,11 @@ def _describe(finding: Mapping) -> list[str]:
 
 def _name_bucket(row: Mapping) -> str:
     return (
-        f"{row['group']}: {row['range']}" if row["range"] else f"{row['group']} tokens" if row["by"] == "tokens" and "no" not in row["group"] else row["group"]
+        f"{row['group']}: {row['range']}"
+        if row["range"]
+        else f"{row['group']} tokens"
+        if row["by"] == "tokens" and "no" not in row["group"]
+        else row["group"]
     )
 
 

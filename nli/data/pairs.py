@@ -19,7 +19,12 @@ from nli.runtime.errors import DataError
 from nli.runtime.files import summarise_faults
 from nli.task.records import Answer, Reflection, Score
 
-_OWN_COLUMNS = (set(Answer.model_fields) | set(Score.model_fields) | set(Reflection.model_fields)) - {"id", "premise", "hypothesis", "true_label"}
+_OWN_COLUMNS = (set(Answer.model_fields) | set(Score.model_fields) | set(Reflection.model_fields)) - {
+    "id",
+    "premise",
+    "hypothesis",
+    "true_label",
+}
 _LABEL_COLUMNS = {"label", "true_label"}
 _PAIR_COLUMNS = {"id", "premise", "hypothesis"} | _LABEL_COLUMNS
 _COUNT = re.compile("[1-9][0-9]{0,5}")
@@ -33,7 +38,9 @@ def read_examples(path: Path, max_rows: int = 0, need_labels: bool = False) -> l
     return list(iterate_examples(path, max_rows, need_labels))
 
 
-def iterate_examples(path: Path, max_rows: int = 0, need_labels: bool = False, count_column: str = "") -> Iterator[dict]:
+def iterate_examples(
+    path: Path, max_rows: int = 0, need_labels: bool = False, count_column: str = ""
+) -> Iterator[dict]:
     """The same, one by one, for files that should not be held in memory. A faulty file raises at its end, or instead of its next row.
 
     Raises DataError, all faults at once with their lines: no file, no rows, no `premise` or `hypothesis` column, an empty text, a label that is not 0 or 1,
@@ -44,9 +51,13 @@ def iterate_examples(path: Path, max_rows: int = 0, need_labels: bool = False, c
     _, header = next(records)
     _check_header(path, header, need_labels)
     if count_column and count_column not in header:
-        raise DataError(f"{path}:1: no column {count_column}; the header is {','.join(header)}.{nearest(count_column, header)}")
+        raise DataError(
+            f"{path}:1: no column {count_column}; the header is {','.join(header)}.{nearest(count_column, header)}"
+        )
     if count_column in _PAIR_COLUMNS:
-        raise DataError(f"{path}:1: column {count_column} is part of the pair and holds no numbers to go by; name another.")
+        raise DataError(
+            f"{path}:1: column {count_column} is part of the pair and holds no numbers to go by; name another."
+        )
     label_column = "label" if "label" in header else "true_label"
     faults: list[str] = []
     places = array("q")  # (hash of the id, line) of every row, flat: some bytes a row instead of a dict's hundreds
@@ -55,12 +66,20 @@ def iterate_examples(path: Path, max_rows: int = 0, need_labels: bool = False, c
         if max_rows and num_rows == max_rows:
             break
         if len(cells) != len(header):
-            faults.append(f"{path}:{line}: {len(cells)} cells where the header has {len(header)}; quote a text that holds commas or newlines")
+            faults.append(
+                f"{path}:{line}: {len(cells)} cells where the header has {len(header)}; quote a text that holds commas or newlines"
+            )
             continue
         named = dict(zip(header, cells, strict=True))
-        row = {"id": named.pop("id", str(index)), "premise": named.pop("premise"), "hypothesis": named.pop("hypothesis")}
+        row = {
+            "id": named.pop("id", str(index)),
+            "premise": named.pop("premise"),
+            "hypothesis": named.pop("hypothesis"),
+        }
         label = named.pop(label_column, "")
-        faults += [f"{path}:{line}: the {name} is empty" for name in ("id", "premise", "hypothesis") if not row[name].strip()]
+        faults += [
+            f"{path}:{line}: the {name} is empty" for name in ("id", "premise", "hypothesis") if not row[name].strip()
+        ]
         if label.strip() not in _LABELS:
             faults.append(f"{path}:{line}: label {label!r} is neither 1 (entailment) nor 0 (no entailment)")
         row["true_label"] = _LABELS.get(label.strip())
@@ -129,13 +148,17 @@ def _iterate_csv(path: Path) -> Iterator[tuple[int, list[str]]]:
     except IsADirectoryError:
         raise DataError(f"{path}: a folder, not a CSV file.") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 near line {line} (byte {error.object[error.start]:#04x}); save it as UTF-8.") from None
+        raise DataError(
+            f"{path}: not UTF-8 near line {line} (byte {error.object[error.start]:#04x}); save it as UTF-8."
+        ) from None
     except csv.Error as error:
         raise DataError(f"{path}:{line}: not CSV ({error}); a quote may be left open there.") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read as a file ({error.strerror}).") from None
     if is_empty:
-        raise DataError(f"{path}: the file is empty; it needs a header with premise,hypothesis[,label] and a row for each pair.")
+        raise DataError(
+            f"{path}: the file is empty; it needs a header with premise,hypothesis[,label] and a row for each pair."
+        )
 
 
 def _check_header(path: Path, header: Sequence[str], need_labels: bool) -> None:
@@ -143,12 +166,16 @@ def _check_header(path: Path, header: Sequence[str], need_labels: bool) -> None:
     missing = [name for name in needed if name not in header]
     if missing:
         hints = "".join(nearest(name, header) for name in missing)
-        raise DataError(f"{path}:1: no column {' and no column '.join(missing)}; the header is {','.join(header)}.{hints}")
+        raise DataError(
+            f"{path}:1: no column {' and no column '.join(missing)}; the header is {','.join(header)}.{hints}"
+        )
     meant = {name: name.strip().lower() for name in header if name not in _PAIR_COLUMNS}
     lacking = _PAIR_COLUMNS - set(header) - (_LABEL_COLUMNS if _LABEL_COLUMNS & set(header) else set())
     alike = [f"{name!r} is not {known}" for name, known in meant.items() if known in lacking]
     if alike:
-        raise DataError(f"{path}:1: column {' and column '.join(alike)}, but would ride along as any other text; rename it.")
+        raise DataError(
+            f"{path}:1: column {' and column '.join(alike)}, but would ride along as any other text; rename it."
+        )
     repeated = sorted({name for name in header if header.count(name) > 1})
     own = sorted(_OWN_COLUMNS & set(header))
     both = set(header) >= _LABEL_COLUMNS

@@ -102,15 +102,45 @@ def compare_splits(splits: Mapping[str, Sequence[Mapping]]) -> tuple[list[dict],
         rows = [(pairs[left][pair], pairs[right][pair]) for pair in both]
         differing = [members for members in rows if len({row["true_label"] for row in members} - {None}) > 1]
         same_premise = sorted(premises[left] & premises[right])
-        shared.append({"splits": f"{left}, {right}", "premises": len(same_premise), "pairs": len(both), "conflicting_pairs": len(differing)})
+        shared.append(
+            {
+                "splits": f"{left}, {right}",
+                "premises": len(same_premise),
+                "pairs": len(both),
+                "conflicting_pairs": len(differing),
+            }
+        )
         where = f"{left}, {right}"
-        findings += _find("fault", where, "shared pairs", rows, "pairs that stand in both splits: what is trained on cannot test", _show_rows)
-        findings += _find("fault", where, "conflicting labels", differing, "pairs that stand in both splits with different labels", _show_rows)
-        findings += _find("warning", where, "shared premises", same_premise, "premises that stand in both splits", lambda premise: repr(shorten(premise)))
+        findings += _find(
+            "fault",
+            where,
+            "shared pairs",
+            rows,
+            "pairs that stand in both splits: what is trained on cannot test",
+            _show_rows,
+        )
+        findings += _find(
+            "fault",
+            where,
+            "conflicting labels",
+            differing,
+            "pairs that stand in both splits with different labels",
+            _show_rows,
+        )
+        findings += _find(
+            "warning",
+            where,
+            "shared premises",
+            same_premise,
+            "premises that stand in both splits",
+            lambda premise: repr(shorten(premise)),
+        )
     return shared, findings
 
 
-def read_facts(path: Path, record: type[BaseModel], measure: Callable[[str], int], count_tokens: Callable[[str], int]) -> tuple[list[Facts], list[str], dict]:
+def read_facts(
+    path: Path, record: type[BaseModel], measure: Callable[[str], int], count_tokens: Callable[[str], int]
+) -> tuple[list[Facts], list[str], dict]:
     """The facts of a file of Answers or Reflections, its faulty lines, and who answered with which prompt. One row is in memory at a time."""
     facts, faults = [], []
     sources: dict[str, Counter] = {"answered_by": Counter(), "prompt_name": Counter()}
@@ -126,7 +156,9 @@ def read_facts(path: Path, record: type[BaseModel], measure: Callable[[str], int
             sources["prompt_name"]["reflection" if record is Reflection else row["prompt_name"]] += 1
         except ValidationError as error:
             first = error.errors()[0]
-            faults.append(f"line {number}: {'.'.join(map(str, first['loc'])) or 'the line'}: {first['msg'][0].lower()}{first['msg'][1:]}")
+            faults.append(
+                f"line {number}: {'.'.join(map(str, first['loc'])) or 'the line'}: {first['msg'][0].lower()}{first['msg'][1:]}"
+            )
         except RecursionError:
             faults.append(f"line {number}: nested too deeply")
         except ValueError as error:
@@ -168,14 +200,28 @@ def check_records(where: str, facts: Sequence[Facts], faults: Sequence[str], nou
     unread = Counter(fact.status for fact in facts if fact.label == UNPARSED)
     telling = [fact for fact in facts if fact.phrase]
     empty = [fact for fact in facts if fact.length == 0]
-    nothing = [where] if noun == "answers" and not facts and not faults else []  # that nothing was wrong, and needs reflection, is no fault
+    nothing = (
+        [where] if noun == "answers" and not facts and not faults else []
+    )  # that nothing was wrong, and needs reflection, is no fault
     return [
         *_find("fault", where, "no rows", nothing, "the file is empty; the stage before it has made nothing", str),
         *_find("fault", where, "broken rows", faults, "lines that are no row of this project", str),
-        *_find("fault", where, "repeated rows", repeated, f"{noun} that stand more than once for the same row", _show_fact),
-        *(Finding("warning", where, "unread", count, f"{noun} that could not be read: {status}") for status, count in unread.most_common()),
+        *_find(
+            "fault", where, "repeated rows", repeated, f"{noun} that stand more than once for the same row", _show_fact
+        ),
+        *(
+            Finding("warning", where, "unread", count, f"{noun} that could not be read: {status}")
+            for status, count in unread.most_common()
+        ),
         *_find("warning", where, "empty thoughts", empty, f"{noun} that could be read and hold no words", _show_fact),
-        *_find("warning", where, "told the label", telling, "thoughts that betray what their writer was told", lambda fact: f"id {fact.id}: {fact.phrase!r}"),
+        *_find(
+            "warning",
+            where,
+            "told the label",
+            telling,
+            "thoughts that betray what their writer was told",
+            lambda fact: f"id {fact.id}: {fact.phrase!r}",
+        ),
     ]
 
 
@@ -188,32 +234,87 @@ def compare_with_pairs(where: str, facts: Sequence[Facts], rows: Sequence[Mappin
     other_text = [fact for fact in known if fact.pair != pairs[fact.id][0]]
     other_label = [fact for fact in same_text if fact.true_label != pairs[fact.id][1]]
     return [
-        *_find("fault", where, "other texts", other_text, "rows whose premise or hypothesis is not that of the CSV", _show_fact),
+        *_find(
+            "fault",
+            where,
+            "other texts",
+            other_text,
+            "rows whose premise or hypothesis is not that of the CSV",
+            _show_fact,
+        ),
         *_find("fault", where, "other labels", other_label, "rows whose true label is not that of the CSV", _show_fact),
-        *_find("warning", where, "missing rows", [name for name in pairs if name not in ids], "pairs of the CSV without an answer", lambda name: f"id {name}"),
-        *_find("warning", where, "unknown rows", [fact for fact in facts if fact.id not in pairs], "rows whose id the CSV lacks", _show_fact),
+        *_find(
+            "warning",
+            where,
+            "missing rows",
+            [name for name in pairs if name not in ids],
+            "pairs of the CSV without an answer",
+            lambda name: f"id {name}",
+        ),
+        *_find(
+            "warning",
+            where,
+            "unknown rows",
+            [fact for fact in facts if fact.id not in pairs],
+            "rows whose id the CSV lacks",
+            _show_fact,
+        ),
     ]
 
 
-def check_reflections(where: str, reflections: Sequence[Facts], answers: Sequence[Facts] | None) -> tuple[dict, list[Finding]]:
+def check_reflections(
+    where: str, reflections: Sequence[Facts], answers: Sequence[Facts] | None
+) -> tuple[dict, list[Finding]]:
     """Whether reflections reach the true label, and, where there are answers, whether they are about those that are wrong."""
     read = [fact for fact in reflections if fact.label != UNPARSED]
     disagree = [fact for fact in read if fact.label != fact.true_label]
-    summary = {"file": where, "rows": len(reflections), "read": len(read), "reach_true_label": len(read) - len(disagree), "disagree": len(disagree)}
-    findings = _find("warning", where, "disagreement", disagree, "reflections whose own label is not the true one; no training file takes them", _show_fact)
+    summary = {
+        "file": where,
+        "rows": len(reflections),
+        "read": len(read),
+        "reach_true_label": len(read) - len(disagree),
+        "disagree": len(disagree),
+    }
+    findings = _find(
+        "warning",
+        where,
+        "disagreement",
+        disagree,
+        "reflections whose own label is not the true one; no training file takes them",
+        _show_fact,
+    )
     if answers is None:
         return summary, findings
     by_key = {(fact.id, fact.pair): fact for fact in answers}
     reflected = {(fact.id, fact.pair) for fact in reflections}
-    wrong = [fact for fact in answers if fact.true_label is not None and fact.answered_label not in (UNPARSED, fact.true_label)]
+    wrong = [
+        fact
+        for fact in answers
+        if fact.true_label is not None and fact.answered_label not in (UNPARSED, fact.true_label)
+    ]
     missing = [fact for fact in wrong if (fact.id, fact.pair) not in reflected]
     astray = [fact for fact in reflections if (fact.id, fact.pair) not in by_key]
-    other = [fact for fact in reflections if (fact.id, fact.pair) in by_key and by_key[fact.id, fact.pair].thought != fact.thought]
-    right = [fact for fact in reflections if (fact.id, fact.pair) in by_key and by_key[fact.id, fact.pair].label == fact.true_label]
+    other = [
+        fact
+        for fact in reflections
+        if (fact.id, fact.pair) in by_key and by_key[fact.id, fact.pair].thought != fact.thought
+    ]
+    right = [
+        fact
+        for fact in reflections
+        if (fact.id, fact.pair) in by_key and by_key[fact.id, fact.pair].label == fact.true_label
+    ]
     findings += [
         *_find("warning", where, "missing reflections", missing, "wrong answers without a reflection", _show_fact),
         *_find("warning", where, "unknown rows", astray, "reflections on rows that the answers lack", _show_fact),
-        *_find("warning", where, "another answer", other, "reflections on another thought than the answers hold now", _show_fact),
+        *_find(
+            "warning",
+            where,
+            "another answer",
+            other,
+            "reflections on another thought than the answers hold now",
+            _show_fact,
+        ),
         *_find("warning", where, "right answers", right, "reflections on answers that are right", _show_fact),
     ]
     return summary | {"wrong_answers": len(wrong), "missing": len(missing)}, findings
@@ -228,7 +329,9 @@ def describe_lengths(where: str, text: str, values: Iterable[int | None]) -> dic
     step = max(1, -(-top // 30))
     edges = np.arange(0, top + step + 1, step)
     counts, _ = np.histogram(np.minimum(known, edges[-1] - 1), bins=edges)
-    quantiles = dict(zip(("q1", "median", "q3", "p95"), np.quantile(known, [0.25, 0.5, 0.75, 0.95]).tolist(), strict=True))
+    quantiles = dict(
+        zip(("q1", "median", "q3", "p95"), np.quantile(known, [0.25, 0.5, 0.75, 0.95]).tolist(), strict=True)
+    )
     range_ = {"n": len(known), "mean": float(known.mean()), "min": int(known.min()), "max": int(known.max())}
     return {"where": where, "text": text, **range_, **quantiles, "edges": edges.tolist(), "counts": counts.tolist()}
 
@@ -239,7 +342,11 @@ def shorten(text: str) -> str:
 
 
 def _find(level: str, where: str, check: str, found: Sequence, message: str, show: Callable) -> list[Finding]:
-    return [Finding(level, where, check, len(found), message, tuple(show(item) for item in found[:NUM_EXAMPLES]))] if found else []
+    return (
+        [Finding(level, where, check, len(found), message, tuple(show(item) for item in found[:NUM_EXAMPLES]))]
+        if found
+        else []
+    )
 
 
 def _show_rows(rows: Sequence[Mapping]) -> str:

@@ -51,9 +51,13 @@ class PrepareSFTDataConfig:
         if (self.ablation == "reflected") != bool(self.reflections):
             raise ConfigError("ablation reflected needs --reflections, and no other ablation reads them.")
         if (self.ablation == "custom") != (self.filter_correct is not None and self.label_field is not None):
-            raise ConfigError("ablation custom needs both filter_correct and label_field; the named ablations fix them and accept neither.")
+            raise ConfigError(
+                "ablation custom needs both filter_correct and label_field; the named ablations fix them and accept neither."
+            )
         if self.ablation != "custom" and (self.filter_correct is not None or self.label_field is not None):
-            raise ConfigError(f"ablation {self.ablation} fixes filter_correct and label_field; use ablation custom to choose them.")
+            raise ConfigError(
+                f"ablation {self.ablation} fixes filter_correct and label_field; use ablation custom to choose them."
+            )
 
 
 def build_sft_row(row: Mapping, ablation: str, source: str, thought_process: str, label: int) -> dict:
@@ -70,7 +74,9 @@ def build_sft_row(row: Mapping, ablation: str, source: str, thought_process: str
     }
 
 
-def select_rows(answers: Iterable[Mapping], reflections: Mapping[str, Mapping], config: PrepareSFTDataConfig) -> tuple[list[dict], Counter]:
+def select_rows(
+    answers: Iterable[Mapping], reflections: Mapping[str, Mapping], config: PrepareSFTDataConfig
+) -> tuple[list[dict], Counter]:
     """Training rows in the answers' order, and how many answers went where or were left out for which reason."""
     rows, counts = [], Counter()
     keep_wrong = config.ablation == "unmodified" or config.filter_correct is False
@@ -87,7 +93,11 @@ def select_rows(answers: Iterable[Mapping], reflections: Mapping[str, Mapping], 
                 reflection = reflections.get(row_key(answer))
                 reason = why_not_usable(reflection, answer)
                 if reason is None:
-                    thought, label, source = reflection["improved_thought_process"], reflection["true_label"], "reflection"
+                    thought, label, source = (
+                        reflection["improved_thought_process"],
+                        reflection["true_label"],
+                        "reflection",
+                    )
             else:
                 reason = "wrong_answer"
         if reason is None and source == "teacher" and answer.get("telling_phrase"):
@@ -137,6 +147,13 @@ def run(config: PrepareSFTDataConfig) -> Path:
     }
     record = start_run(manifest_beside(output), "sft_data", identity, config, inputs, has_work=output.exists())
     write_jsonl(output, rows)
-    record.finish({"rows": len(rows), "label_1": sum(row["completion"].endswith(": 1}") for row in rows), **counts, "sha256": sha256_file(output)})
+    record.finish(
+        {
+            "rows": len(rows),
+            "label_1": sum(row["completion"].endswith(": 1}") for row in rows),
+            **counts,
+            "sha256": sha256_file(output),
+        }
+    )
     print(f"sft_data: {config.ablation}: {len(rows)} rows ({list_counts(counts)}) -> {output}", flush=True)
     return output

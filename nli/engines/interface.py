@@ -108,7 +108,9 @@ class Engine(Protocol):
         ...
 
 
-def choose_engine(name: EngineName, precision: Precision, device: str, compute_dtype: str = "bf16", kv_cache_dtype: CacheType = "bf16") -> str:
+def choose_engine(
+    name: EngineName, precision: Precision, device: str, compute_dtype: str = "bf16", kv_cache_dtype: CacheType = "bf16"
+) -> str:
     """Resolve "auto" to "vllm" or "transformers" and refuse, by ModelError, what cannot work.
 
     "auto" takes vLLM where it is installed, the device is a GPU and nothing is to be computed in fp32.
@@ -124,11 +126,15 @@ def choose_engine(name: EngineName, precision: Precision, device: str, compute_d
     if name == "vllm" and precision == "fp32":
         raise ModelError("The precision fp32 is for engine transformers only.")
     if name == "vllm" and compute_dtype != "bf16":
-        raise ModelError(f"Engine vllm computes in bf16, not in {compute_dtype}. Give compute_dtype bf16, or take engine transformers.")
+        raise ModelError(
+            f"Engine vllm computes in bf16, not in {compute_dtype}. Give compute_dtype bf16, or take engine transformers."
+        )
     if name == "transformers" and precision == "fp8":
         raise ModelError("The precision fp8 needs engine vllm, on a GPU. Take nf4 or bf16 with engine transformers.")
     if name == "transformers" and kv_cache_dtype != "bf16":
-        raise ModelError(f"A KV cache in {kv_cache_dtype} needs engine vllm, on a GPU. Leave kv_cache_dtype at bf16 with engine transformers.")
+        raise ModelError(
+            f"A KV cache in {kv_cache_dtype} needs engine vllm, on a GPU. Leave kv_cache_dtype at bf16 with engine transformers."
+        )
     return name
 
 

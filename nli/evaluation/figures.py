@@ -20,7 +20,13 @@ MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 """one fewer than colours, so that 56 runs differ in one or the other"""
 
 
-def draw_intervals(lines: Sequence[tuple[str, Sequence[tuple[int, float, float, float, bool]]]], title: str, left: float, width: float, line: float) -> Markup:
+def draw_intervals(
+    lines: Sequence[tuple[str, Sequence[tuple[int, float, float, float, bool]]]],
+    title: str,
+    left: float,
+    width: float,
+    line: float,
+) -> Markup:
     """An SVG of labelled lines from top to bottom; each holds marks (number of the run, value, low, high, hollow). Sizes in inches."""
     gap = 1.2 if max((len(marks) for _, marks in lines), default=1) > 1 else 0.0  # in marks, between two lines
     total = sum(len(marks) + gap for _, marks in lines)
@@ -28,7 +34,14 @@ def draw_intervals(lines: Sequence[tuple[str, Sequence[tuple[int, float, float, 
     height = max(total, 1) * line + margin_bottom + 0.08
 
     def paint(figure: "Figure") -> None:
-        axes = figure.add_axes((margin_left / width, margin_bottom / height, 1 - (margin_left + 0.15) / width, 1 - (margin_bottom + 0.08) / height))
+        axes = figure.add_axes(
+            (
+                margin_left / width,
+                margin_bottom / height,
+                1 - (margin_left + 0.15) / width,
+                1 - (margin_bottom + 0.08) / height,
+            )
+        )
         ticks, y = [], 0.0
         for number, (_, marks) in enumerate(lines):
             if number % 2 == 0:
@@ -36,9 +49,25 @@ def draw_intervals(lines: Sequence[tuple[str, Sequence[tuple[int, float, float, 
             ticks.append(y + (len(marks) - 1) / 2)
             for run, value, low, high, hollow in marks:
                 colour = COLOURS[run % len(COLOURS)]
-                axes.plot([low, high], [y, y], color=colour, linewidth=1.1 if hollow else 1.8, alpha=0.45 if hollow else 0.85, solid_capstyle="butt", zorder=2)
+                axes.plot(
+                    [low, high],
+                    [y, y],
+                    color=colour,
+                    linewidth=1.1 if hollow else 1.8,
+                    alpha=0.45 if hollow else 0.85,
+                    solid_capstyle="butt",
+                    zorder=2,
+                )
                 face = "white" if hollow else colour
-                axes.plot([value], [y], MARKERS[run % len(MARKERS)], color=colour, markerfacecolor=face, markersize=5, zorder=3)
+                axes.plot(
+                    [value],
+                    [y],
+                    MARKERS[run % len(MARKERS)],
+                    color=colour,
+                    markerfacecolor=face,
+                    markersize=5,
+                    zorder=3,
+                )
                 y += 1
             y += gap
         axes.set_ylim(y - 0.5 - gap / 2, -0.5 - gap / 2)
@@ -59,15 +88,21 @@ def draw_svg(width: float, height: float, label: str, salt: str, paint: Callable
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False, "font.size": 9.5}):
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False, "font.size": 9.5}
+    ):
         figure = Figure(figsize=(width, height))
         paint(figure)
         buffer = io.StringIO()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing")  # the text is drawn by the browser, in its own fonts
-            figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+            figure.savefig(
+                buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+            )
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     # The viewBox gives the proportions; the page's style gives the width.
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', lambda found: f'{found[1]} role="img" aria-label="{escape(label)}"', svg, count=1)
+    svg = re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', lambda found: f'{found[1]} role="img" aria-label="{escape(label)}"', svg, count=1
+    )
     return Markup(re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1))

@@ -52,7 +52,11 @@ def score_classes(truth: np.ndarray, predicted: np.ndarray, confidence: float, d
     """
     confusion = count_confusion(truth, predicted)
     if not confusion.sum(axis=1).all():
-        return dict.fromkeys(f"{kind}_{figure}" for kind in ("macro", "positive") for figure in ("precision", "recall", "f1", "f1_low", "f1_high"))
+        return dict.fromkeys(
+            f"{kind}_{figure}"
+            for kind in ("macro", "positive")
+            for figure in ("precision", "recall", "f1", "f1_low", "f1_high")
+        )
     precision, recall, f1, _ = precision_recall_fscore_support(truth, predicted, labels=CLASSES, zero_division=0)
     macro, positive = bootstrap_f1(confusion, confidence, draws, seed)
     return {
@@ -82,7 +86,9 @@ def wilson_interval(successes: int, n: int, confidence: float) -> tuple[float, f
     return float(interval.low), float(interval.high)
 
 
-def bootstrap_f1(confusion: np.ndarray, confidence: float, draws: int, seed: int) -> tuple[tuple[float, float], tuple[float, float]]:
+def bootstrap_f1(
+    confusion: np.ndarray, confidence: float, draws: int, seed: int
+) -> tuple[tuple[float, float], tuple[float, float]]:
     """Percentile intervals of macro F1 and of the positive class's F1, by resampling the rows behind a confusion table."""
     n = int(confusion.sum())
     tables = np.random.default_rng(seed).multinomial(n, confusion.ravel() / n, size=draws).reshape(draws, 2, 3)
@@ -92,7 +98,9 @@ def bootstrap_f1(confusion: np.ndarray, confidence: float, draws: int, seed: int
     return _percentiles(f1.mean(axis=1), confidence), _percentiles(f1[:, 0], confidence)
 
 
-def compare_answers(truth: np.ndarray, run: np.ndarray, other: np.ndarray, confidence: float, draws: int, seed: int) -> dict:
+def compare_answers(
+    truth: np.ndarray, run: np.ndarray, other: np.ndarray, confidence: float, draws: int, seed: int
+) -> dict:
     """A paired comparison of two runs on the same rows: `difference` is the accuracy of `run` less that of `other`.
 
     `low` and `high` are the paired bootstrap's percentiles, `p_value` is McNemar's exact test: of the rows that only one run has right, a fair coin would give
@@ -102,7 +110,9 @@ def compare_answers(truth: np.ndarray, run: np.ndarray, other: np.ndarray, confi
     run_right, other_right = truth == run, truth == other
     only_run, only_other = int(np.sum(run_right & ~other_right)), int(np.sum(~run_right & other_right))
     discordant = only_run + only_other
-    resampled = np.random.default_rng(seed).multinomial(n, np.array([only_run, only_other, n - discordant]) / n, size=draws)
+    resampled = np.random.default_rng(seed).multinomial(
+        n, np.array([only_run, only_other, n - discordant]) / n, size=draws
+    )
     low, high = _percentiles((resampled[:, 0] - resampled[:, 1]) / n, confidence)
     return {
         "n": n,
@@ -140,7 +150,9 @@ def smallest_detectable_difference(n: int, discordance: float, alpha: float, pow
     z_alpha, z_power = float(norm.ppf(1 - alpha / 2)), float(norm.ppf(power))
     if n <= z_alpha**2:
         return None
-    difference = sqrt(discordance) * (z_alpha * sqrt(n) + z_power * sqrt(n - z_alpha**2 + z_power**2)) / (n + z_power**2)
+    difference = (
+        sqrt(discordance) * (z_alpha * sqrt(n) + z_power * sqrt(n - z_alpha**2 + z_power**2)) / (n + z_power**2)
+    )
     if 0 < difference <= discordance:
         return difference
     return float(brentq(lambda delta: n * delta - (z_alpha + z_power * sqrt(1 - delta)) ** 2, 0, 1))
@@ -149,7 +161,9 @@ def smallest_detectable_difference(n: int, discordance: float, alpha: float, pow
 def score_group(truth: np.ndarray, predicted: np.ndarray, confidence: float) -> dict:
     """Counts and accuracy of one slice of the rows."""
     n, correct = len(truth), int(np.sum(truth == predicted))
-    return {"n": n, "unparsed": int(np.sum(predicted == UNPARSED)), "correct": correct} | _with_interval("accuracy", correct, n, confidence)
+    return {"n": n, "unparsed": int(np.sum(predicted == UNPARSED)), "correct": correct} | _with_interval(
+        "accuracy", correct, n, confidence
+    )
 
 
 def find_quartiles(values: np.ndarray) -> np.ndarray:
@@ -178,7 +192,9 @@ def count_words(text: str | None) -> int:
 
 def share_words(premise: str, hypothesis: str) -> float:
     """The share of the hypothesis's distinct words that the premise has too, whatever the case and the punctuation around them."""
-    wanted, given = ({word.strip(".,;:!?\"'()").lower() for word in text.split()} - {""} for text in (hypothesis, premise))
+    wanted, given = (
+        {word.strip(".,;:!?\"'()").lower() for word in text.split()} - {""} for text in (hypothesis, premise)
+    )
     return len(wanted & given) / len(wanted) if wanted else 0.0
 
 

@@ -36,11 +36,18 @@ def render_table(evaluation: Mapping) -> str:
         keys = [("share_1",)] * len(runs)
     lines = [header]
     for row, (key, *others) in zip(runs, keys, strict=True):
-        figures = [format_share(row[key]), format_interval(row[f"{key}_low"], row[f"{key}_high"]), *(format_share(row[other]) for other in others)]
+        figures = [
+            format_share(row[key]),
+            format_interval(row[f"{key}_low"], row[f"{key}_high"]),
+            *(format_share(row[other]) for other in others),
+        ]
         lines.append([row["run"], str(row["n"]), str(row["unparsed"]), *figures])
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
-        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(line, widths, strict=True)))
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
         for line in lines
     )
 
@@ -53,7 +60,10 @@ def render_report(evaluation: Mapping, extra_sections: Iterable[Mapping] = ()) -
         evaluation=evaluation,
         interval=format_interval,
         scored=is_scored(evaluation),
-        marks={name: {"colour": COLOURS[number % len(COLOURS)], "glyph": GLYPHS[number % len(GLYPHS)]} for number, name in enumerate(names)},
+        marks={
+            name: {"colour": COLOURS[number % len(COLOURS)], "glyph": GLYPHS[number % len(GLYPHS)]}
+            for number, name in enumerate(names)
+        },
         findings=summarise(evaluation),
         overview=draw_overview(evaluation),
         slices=group_slices(evaluation),
@@ -63,8 +73,12 @@ def render_report(evaluation: Mapping, extra_sections: Iterable[Mapping] = ()) -
 
 def render_page(template: str, **values: object) -> str:
     """A template of this folder with the report's formats; all text from data is escaped."""
-    loader = FileSystemLoader([Path(__file__).parent / "templates", Path(__file__).parents[1] / "data/templates"], encoding="utf-8")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    loader = FileSystemLoader(
+        [Path(__file__).parent / "templates", Path(__file__).parents[1] / "data/templates"], encoding="utf-8"
+    )
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {
         "share": format_share,
         "signed": format_signed,
@@ -89,13 +103,19 @@ def summarise(evaluation: Mapping) -> list[str]:
         return [*findings, "The rows have no true labels, so there is no accuracy: only what the runs answered."]
     best = max(runs, key=lambda row: row["accuracy"])
     interval = format_interval(best["accuracy_low"], best["accuracy_high"])
-    findings.append(f"{'Accuracy' if len(runs) == 1 else 'The highest accuracy'} is {format_share(best['accuracy'])} ({interval}), by {best['run']}.")
+    findings.append(
+        f"{'Accuracy' if len(runs) == 1 else 'The highest accuracy'} is {format_share(best['accuracy'])} ({interval}), by {best['run']}."
+    )
     if comparisons:
         level = format_percent(1 - evaluation["confidence"])
         differing = [row for row in comparisons if row["differs"]]
-        findings.append(f"{len(differing)} of {len(comparisons)} comparisons differ beyond chance (exact McNemar test, Holm-adjusted, level {level}).")
+        findings.append(
+            f"{len(differing)} of {len(comparisons)} comparisons differ beyond chance (exact McNemar test, Holm-adjusted, level {level})."
+        )
         alike = [
-            row["other"] if row["run"] == best["run"] else row["run"] for row in comparisons if not row["differs"] and best["run"] in (row["run"], row["other"])
+            row["other"] if row["run"] == best["run"] else row["run"]
+            for row in comparisons
+            if not row["differs"] and best["run"] in (row["run"], row["other"])
         ]
         if alike:
             findings.append(f"These rows cannot tell {best['run']} from {', '.join(alike)}.")
@@ -114,15 +134,23 @@ def group_slices(evaluation: Mapping) -> list[dict]:
         blocks.setdefault(row["by"], []).append(row)
     lows = [row["accuracy_low"] for row in evaluation["slices"] if not row["too_small"]]
     left = min(lows, default=0.0)
-    blocks = {by: sorted(rows, key=lambda row: row["group"]) for by, rows in blocks.items()}  # stable: runs keep their order in a group
-    return [{"by": by, "rows": rows, "chart": draw_slices(rows, [run["run"] for run in evaluation["runs"]], left)} for by, rows in blocks.items()]
+    blocks = {
+        by: sorted(rows, key=lambda row: row["group"]) for by, rows in blocks.items()
+    }  # stable: runs keep their order in a group
+    return [
+        {"by": by, "rows": rows, "chart": draw_slices(rows, [run["run"] for run in evaluation["runs"]], left)}
+        for by, rows in blocks.items()
+    ]
 
 
 def draw_overview(evaluation: Mapping) -> Markup:
     """One line a run: accuracy (or share of label 1) with its interval."""
     key = "accuracy" if is_scored(evaluation) else "share_1"
     rows = [row for row in evaluation["runs"] if row[key] is not None]
-    lines = [(row["run"], [(number, row[key], row[f"{key}_low"], row[f"{key}_high"], False)]) for number, row in enumerate(rows)]
+    lines = [
+        (row["run"], [(number, row[key], row[f"{key}_low"], row[f"{key}_high"], False)])
+        for number, row in enumerate(rows)
+    ]
     title = "accuracy" if is_scored(evaluation) else "share of label 1"
     return draw_intervals(lines, title, min((row[f"{key}_low"] for row in rows), default=0.0), width=8.6, line=0.34)
 
@@ -141,7 +169,10 @@ def draw_slices(rows: Sequence[Mapping], names: Sequence[str], left: float) -> M
         mark = (names.index(row["run"]), row["accuracy"], row["accuracy_low"], row["accuracy_high"], row["too_small"])
         groups.setdefault(row["group"], []).append(mark)
     # A range that differs from run to run, as that of their own thoughts does, belongs to no line.
-    lines = [(f"{group}: {min(spans[group])}" if len(spans[group]) == 1 and min(spans[group]) else group, marks) for group, marks in groups.items()]
+    lines = [
+        (f"{group}: {min(spans[group])}" if len(spans[group]) == 1 and min(spans[group]) else group, marks)
+        for group, marks in groups.items()
+    ]
     return draw_intervals(lines, "accuracy", left, width=5.1, line=0.15 if len(names) > 1 else 0.24)
 
 
@@ -149,17 +180,27 @@ def read_section(section: Mapping) -> dict:
     """An extra section in the template's form: its columns are all keys of all rows, in the order of their first use."""
     rows = section.get("rows", ())
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    return {"title": section["title"], "note": section.get("note", ""), "html": Markup(section.get("html", "")), "rows": rows, "columns": columns}
+    return {
+        "title": section["title"],
+        "note": section.get("note", ""),
+        "html": Markup(section.get("html", "")),
+        "rows": rows,
+        "columns": columns,
+    }
 
 
 def read_sweep(path: Path) -> dict:
     """A sweep's results: {"trials": [{"lora_rank": 8, "eval_loss": 0.41, "status": "finished", …}], "best": {…}}. Raises DataError for anything else."""
     try:
-        sweep = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)  # NaN, the loss of a diverged trial, is no JSON
+        sweep = json.loads(
+            path.read_text(encoding="utf-8"), parse_constant=lambda _: None
+        )  # NaN, the loss of a diverged trial, is no JSON
         trials, best = [dict(trial) for trial in sweep["trials"]], dict(sweep.get("best") or {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise DataError(f'{path}: not the results of a sweep ({reason}); it must be JSON with "trials", a list of objects, and "best", an object.') from None
+        raise DataError(
+            f'{path}: not the results of a sweep ({reason}); it must be JSON with "trials", a list of objects, and "best", an object.'
+        ) from None
     return {"trials": trials, "best": best}
 
 
@@ -172,8 +213,15 @@ def describe_sweep(sweep: Mapping) -> dict:
 
     trials = sorted(sweep["trials"], key=loss)
     known = [key for key in ("lora_rank", "learning_rate", "ablation") if key in sweep["best"]]
-    rows = [{"": "best" if known and all(trial.get(key) == sweep["best"][key] for key in known) else ""} | trial for trial in trials]
-    return {"title": "Sweep", "note": "Trials by eval loss, lowest first; a trial without one failed or was stopped.", "rows": rows}
+    rows = [
+        {"": "best" if known and all(trial.get(key) == sweep["best"][key] for key in known) else ""} | trial
+        for trial in trials
+    ]
+    return {
+        "title": "Sweep",
+        "note": "Trials by eval loss, lowest first; a trial without one failed or was stopped.",
+        "rows": rows,
+    }
 
 
 def describe_stage(path: Path) -> dict:
@@ -183,7 +231,9 @@ def describe_stage(path: Path) -> dict:
     except ResumeError:
         manifest = None
     if manifest is None:
-        raise DataError(f"{path}: not the manifest of a stage; those are called manifest.json or end in .manifest.json.")
+        raise DataError(
+            f"{path}: not the manifest of a stage; those are called manifest.json or end in .manifest.json."
+        )
     attempts = manifest.get("attempts") or [{}]
     seconds = [attempt["seconds"] for attempt in attempts if attempt.get("seconds") is not None]
     return {
@@ -202,7 +252,11 @@ def describe_stage(path: Path) -> dict:
 def describe_stages(stages: Sequence[Mapping]) -> dict:
     """The report's section of the earlier stages."""
     note = "Seconds over all attempts of a stage; an attempt that was killed has none, and models that were answered in one pass have the whole pass's each."
-    return {"title": "Stages", "note": note, "rows": [{key: value for key, value in stage.items() if key != "manifest"} for stage in stages]}
+    return {
+        "title": "Stages",
+        "note": note,
+        "rows": [{key: value for key, value in stage.items() if key != "manifest"} for stage in stages],
+    }
 
 
 def format_share(value: float | None) -> str:

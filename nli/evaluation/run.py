@@ -61,20 +61,28 @@ class EvaluatePredictionsConfig:
         if not self.predictions:
             raise ConfigError("predictions is empty: give at least one file of answers.")
         if self.names and len(self.names) != len(self.predictions):
-            raise ConfigError(f"names has {len(self.names)} entries and predictions {len(self.predictions)}: give one name for each file, or none.")
+            raise ConfigError(
+                f"names has {len(self.names)} entries and predictions {len(self.predictions)}: give one name for each file, or none."
+            )
         names = self.run_names()
         if len(set(self.predictions)) < len(self.predictions):
             raise ConfigError("predictions names a file twice; a run compared with itself shows nothing.")
         repeated = sorted(name for name, count in Counter(names).items() if count > 1)
         if repeated or not all(name.strip() for name in names):
             raise ConfigError(
-                f"two runs are called {repeated[0]!r}; tell them apart with --names." if repeated else "a run has no name; give one with --names."
+                f"two runs are called {repeated[0]!r}; tell them apart with --names."
+                if repeated
+                else "a run has no name; give one with --names."
             )
         default = EvaluatePredictionsConfig.__dataclass_fields__["predictions"].default
         if self.baseline and self.baseline not in names and self.predictions != default:
-            raise ConfigError(f"baseline {self.baseline!r} is no run; the runs are {', '.join(names)}.{nearest(self.baseline, names)}")
+            raise ConfigError(
+                f"baseline {self.baseline!r} is no run; the runs are {', '.join(names)}.{nearest(self.baseline, names)}"
+            )
         if self.baseline and len(names) == 1:
-            raise ConfigError(f"baseline {self.baseline!r} is the only run; give another file of predictions to compare with it.")
+            raise ConfigError(
+                f"baseline {self.baseline!r} is the only run; give another file of predictions to compare with it."
+            )
 
     def run_names(self) -> tuple[str, ...]:
         """The name of each run, in the order of the files."""
@@ -88,9 +96,13 @@ def index_rows(path: Path) -> dict[str, dict]:
     rows: dict[str, dict] = {}
     for row in read_jsonl(path, Answer):
         if rows.setdefault(row_key(row), row) is not row:
-            raise DataError(f"{path}: id {row['id']!r} stands twice with the same pair; each row counts once, so remove one of them.")
+            raise DataError(
+                f"{path}: id {row['id']!r} stands twice with the same pair; each row counts once, so remove one of them."
+            )
         if row["parse_status"] == ParseStatus.OK and row["predicted_label"] is None:
-            raise DataError(f"{path}: id {row['id']!r} has parse_status ok and no predicted_label; make the file again with run_inference.")
+            raise DataError(
+                f"{path}: id {row['id']!r} has parse_status ok and no predicted_label; make the file again with run_inference."
+            )
     return rows
 
 
@@ -118,18 +130,26 @@ def align_runs(files: Mapping[str, Path]) -> dict[str, list[dict]]:
     return {name: [rows[key] for key in first] for name, rows in indexed.items()}
 
 
-def check_request(runs: Mapping[str, Sequence[Mapping]], files: Mapping[str, Path], config: EvaluatePredictionsConfig) -> None:
+def check_request(
+    runs: Mapping[str, Sequence[Mapping]], files: Mapping[str, Path], config: EvaluatePredictionsConfig
+) -> None:
     """Raise DataError if the rows cannot give what the config asks: a slice column that is missing or too fine, a comparison without labels."""
     for name, rows in runs.items():
         for column in config.slice_by:
             lacking = [row for row in rows if column not in row]
             if lacking:
-                raise DataError(f"{files[name]}: {len(lacking)} rows have no column {column!r} to slice by.{nearest(column, list(lacking[0]))}")
+                raise DataError(
+                    f"{files[name]}: {len(lacking)} rows have no column {column!r} to slice by.{nearest(column, list(lacking[0]))}"
+                )
             values = {str(row[column]) for row in rows}
             if len(values) > MOST_GROUPS:
-                raise DataError(f"{files[name]}: column {column!r} has {len(values)} different values; slice by a column of at most {MOST_GROUPS}.")
+                raise DataError(
+                    f"{files[name]}: column {column!r} has {len(values)} different values; slice by a column of at most {MOST_GROUPS}."
+                )
         if config.baseline and all(row["true_label"] is None for row in rows):
-            raise DataError(f"{files[name]}: no row has a true label, so no run can be compared with {config.baseline!r}; use labelled data or no baseline.")
+            raise DataError(
+                f"{files[name]}: no row has a true label, so no run can be compared with {config.baseline!r}; use labelled data or no baseline."
+            )
 
 
 def describe_inputs(runs: Mapping[str, Sequence[Mapping]], files: Mapping[str, Path], hashes: Mapping) -> list[dict]:
@@ -181,9 +201,18 @@ def run(config: EvaluatePredictionsConfig) -> Path:
     Nothing of an earlier evaluation is used again and all files are replaced whole, so its identity is only that it is one: a rerun with other files or
     settings is never refused, a folder that holds another stage's work is.
     """
-    from nli.evaluation.report import describe_stage, describe_stages, describe_sweep, read_sweep, render_report, render_table
+    from nli.evaluation.report import (
+        describe_stage,
+        describe_stages,
+        describe_sweep,
+        read_sweep,
+        render_report,
+        render_table,
+    )
 
-    files = dict(zip(config.run_names(), (resolve_input(path, config.storage_root) for path in config.predictions), strict=True))
+    files = dict(
+        zip(config.run_names(), (resolve_input(path, config.storage_root) for path in config.predictions), strict=True)
+    )
     folder = resolve_output(config.output_dir, config.storage_root)
     runs = align_runs(files)
     check_request(runs, files, config)
@@ -212,9 +241,17 @@ def run(config: EvaluatePredictionsConfig) -> Path:
     }
     evaluation |= {"sweep": sweep, "stages": stages}
     sections = ([describe_sweep(sweep)] if sweep else []) + ([describe_stages(stages)] if stages else [])
-    write_atomic(folder / "evaluation.json", json.dumps(evaluation, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomic(
+        folder / "evaluation.json", json.dumps(evaluation, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    )
     write_atomic(folder / "report.html", render_report(evaluation, sections))
-    record.finish({"runs": len(runs), "rows": len(next(iter(runs.values()))), "unparsed": sum(row["unparsed"] for row in evaluation["runs"])})
+    record.finish(
+        {
+            "runs": len(runs),
+            "rows": len(next(iter(runs.values()))),
+            "unparsed": sum(row["unparsed"] for row in evaluation["runs"]),
+        }
+    )
     print(render_table(evaluation), flush=True)
     print(f"report: {folder / 'report.html'}", flush=True)
     return folder / "report.html"

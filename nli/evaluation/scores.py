@@ -12,7 +12,17 @@ from itertools import combinations
 
 import numpy as np
 
-from nli.evaluation.metrics import UNPARSED, adjust_holm, compare_answers, count_words, name_quartiles, score_answers, score_group, share_words, wilson_interval
+from nli.evaluation.metrics import (
+    UNPARSED,
+    adjust_holm,
+    compare_answers,
+    count_words,
+    name_quartiles,
+    score_answers,
+    score_group,
+    share_words,
+    wilson_interval,
+)
 from nli.task.parsing import ParseStatus
 
 SMALL_SLICE = 20
@@ -22,7 +32,9 @@ SMALL_SLICE = 20
 def to_labels(rows: Iterable[Mapping]) -> tuple[list[int], list[int]]:
     """True and predicted labels of the labelled rows; UNPARSED where an answer could not be read."""
     labelled = [row for row in rows if row["true_label"] is not None]
-    return [row["true_label"] for row in labelled], [row["predicted_label"] if row["parse_status"] == ParseStatus.OK else UNPARSED for row in labelled]
+    return [row["true_label"] for row in labelled], [
+        row["predicted_label"] if row["parse_status"] == ParseStatus.OK else UNPARSED for row in labelled
+    ]
 
 
 def score_run(name: str, rows: Sequence[Mapping], confidence: float, draws: int, seed: int) -> dict:
@@ -36,7 +48,11 @@ def score_run(name: str, rows: Sequence[Mapping], confidence: float, draws: int,
         "run": name,
         "n": len(rows),
         "unparsed": len(rows) - parsed,
-        "statuses": {str(status): statuses[status] for status in [*ParseStatus, *sorted(set(statuses) - set(ParseStatus))] if statuses[status]},
+        "statuses": {
+            str(status): statuses[status]
+            for status in [*ParseStatus, *sorted(set(statuses) - set(ParseStatus))]
+            if statuses[status]
+        },
         "predicted_1": positive,
         "share_1": positive / parsed if parsed else None,
         "share_1_low": low,
@@ -45,9 +61,15 @@ def score_run(name: str, rows: Sequence[Mapping], confidence: float, draws: int,
     }
 
 
-def compare_runs(runs: Mapping[str, Sequence[Mapping]], baseline: str, confidence: float, draws: int, seed: int) -> list[dict]:
+def compare_runs(
+    runs: Mapping[str, Sequence[Mapping]], baseline: str, confidence: float, draws: int, seed: int
+) -> list[dict]:
     """Each run against the baseline, or each pair (the later run less the earlier), with p values adjusted over all of them."""
-    pairs = [(name, baseline) for name in runs if name != baseline] if baseline else [(b, a) for a, b in combinations(runs, 2)]
+    pairs = (
+        [(name, baseline) for name in runs if name != baseline]
+        if baseline
+        else [(b, a) for a, b in combinations(runs, 2)]
+    )
     labels = {name: tuple(np.array(part, dtype=int) for part in to_labels(rows)) for name, rows in runs.items()}
     comparisons = []
     for name, other in pairs:
@@ -56,7 +78,10 @@ def compare_runs(runs: Mapping[str, Sequence[Mapping]], baseline: str, confidenc
             figures = compare_answers(truth, predicted, labels[other][1], confidence, draws, seed)
             comparisons.append({"run": name, "other": other, **figures})
     adjusted = adjust_holm([row["p_value"] for row in comparisons])
-    return [row | {"holm_p_value": p_value, "differs": p_value < 1 - confidence} for row, p_value in zip(comparisons, adjusted, strict=True)]
+    return [
+        row | {"holm_p_value": p_value, "differs": p_value < 1 - confidence}
+        for row, p_value in zip(comparisons, adjusted, strict=True)
+    ]
 
 
 def slice_runs(runs: Mapping[str, Sequence[Mapping]], columns: Sequence[str], confidence: float) -> list[dict]:
@@ -69,7 +94,16 @@ def slice_runs(runs: Mapping[str, Sequence[Mapping]], columns: Sequence[str], co
             for group, span in sorted(set(groups)):
                 chosen = np.array([item == (group, span) for item in groups])
                 figures = score_group(truth[chosen], predicted[chosen], confidence)
-                slices.append({"by": by, "group": group, "range": span, "run": name, **figures, "too_small": figures["n"] < SMALL_SLICE})
+                slices.append(
+                    {
+                        "by": by,
+                        "group": group,
+                        "range": span,
+                        "run": name,
+                        **figures,
+                        "too_small": figures["n"] < SMALL_SLICE,
+                    }
+                )
     return slices
 
 
@@ -77,10 +111,15 @@ def group_rows(rows: Sequence[Mapping], columns: Sequence[str]) -> dict[str, lis
     """For each way of slicing, the group of each row: the columns' own values, then quartiles of lengths and of word overlap with their ranges."""
     if not rows:
         return {}
-    groups = {column: [(str(row[column]) if row[column] not in (None, "") else "(none)", "") for row in rows] for column in columns}
+    groups = {
+        column: [(str(row[column]) if row[column] not in (None, "") else "(none)", "") for row in rows]
+        for column in columns
+    }
     thoughts = [count_words(row["thought_process"]) if row["parse_status"] == ParseStatus.OK else None for row in rows]
     groups["thought length"] = name_quartiles(thoughts, "words", "no thought")
     groups["premise length"] = name_quartiles([count_words(row["premise"]) for row in rows], "words")
     groups["hypothesis length"] = name_quartiles([count_words(row["hypothesis"]) for row in rows], "words")
-    groups["word overlap"] = name_quartiles([round(100 * share_words(row["premise"], row["hypothesis"])) for row in rows], "%")
+    groups["word overlap"] = name_quartiles(
+        [round(100 * share_words(row["premise"], row["hypothesis"])) for row in rows], "%"
+    )
     return groups

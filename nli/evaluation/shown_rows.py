@@ -25,7 +25,11 @@ def pick_unparsed(runs: Mapping[str, Sequence[Mapping]]) -> list[dict]:
                 by_status.setdefault(row["parse_status"], []).append(row)
         for status, members in sorted(by_status.items(), key=lambda item: -len(item[1])):
             first = members[0]
-            example = {"id": first["id"], "problem": first.get("problem", ""), "raw_text": shorten(first["raw_text"], MOST_CHARACTERS)}
+            example = {
+                "id": first["id"],
+                "problem": first.get("problem", ""),
+                "raw_text": shorten(first["raw_text"], MOST_CHARACTERS),
+            }
             found.append({"run": name, "status": str(status), "rows": len(members), **example})
     return found
 
@@ -48,7 +52,9 @@ def pick_disagreements(runs: Mapping[str, Sequence[Mapping]]) -> dict:
     in_turn = [members[turn] for turn in range(NUM_EXAMPLES) for members in shuffled if turn < len(members)]
     return {
         "rows": sum(len(members) for members in shuffled),
-        "patterns": [{"rows": len(members), "runs": dict(zip(runs, pattern, strict=True))} for pattern, members in ordered],
+        "patterns": [
+            {"rows": len(members), "runs": dict(zip(runs, pattern, strict=True))} for pattern, members in ordered
+        ],
         "examples": [show_answers(answers, runs) for answers in in_turn[:NUM_EXAMPLES]],
     }
 
@@ -66,7 +72,13 @@ def show_answers(answers: Sequence[Mapping], names: Iterable[str]) -> dict:
         }
         for name, row in zip(names, answers, strict=True)
     ]
-    return {"id": first["id"], "premise": first["premise"], "hypothesis": first["hypothesis"], "true_label": first["true_label"], "answers": said}
+    return {
+        "id": first["id"],
+        "premise": first["premise"],
+        "hypothesis": first["hypothesis"],
+        "true_label": first["true_label"],
+        "answers": said,
+    }
 
 
 def shorten(text: str, limit: int) -> str:

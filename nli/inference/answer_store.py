@@ -42,7 +42,9 @@ class AnswerStore:
         with self._explaining():
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
             self._db.executescript("PRAGMA cache_size=-8000; PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;")
-            self._db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, failed INTEGER, answer TEXT, stored_at REAL) WITHOUT ROWID")
+            self._db.execute(
+                "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, failed INTEGER, answer TEXT, stored_at REAL) WITHOUT ROWID"
+            )
 
     def close(self) -> None:
         """Close the file. What was put is on disk already."""
@@ -52,7 +54,9 @@ class AnswerStore:
         """Raise StorageError if the file is damaged, or is not this project's."""
         with self._explaining():
             found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
-            columns = [name for (name,) in self._db.execute("SELECT name FROM pragma_table_info('answers') ORDER BY cid")]
+            columns = [
+                name for (name,) in self._db.execute("SELECT name FROM pragma_table_info('answers') ORDER BY cid")
+            ]
         if found != "ok":
             raise StorageError(self._cure(found))
         if columns != _COLUMNS:
@@ -111,7 +115,8 @@ class AnswerStore:
             part = keys[start : start + CHUNK]
             with self._explaining():
                 yield from self._db.execute(
-                    f"SELECT {columns} FROM answers WHERE key IN ({','.join('?' * len(part))}) {condition}", (*part, *values)
+                    f"SELECT {columns} FROM answers WHERE key IN ({','.join('?' * len(part))}) {condition}",
+                    (*part, *values),
                 ).fetchall()
 
     @contextlib.contextmanager
@@ -119,7 +124,9 @@ class AnswerStore:
         try:
             yield
         except sqlite3.OperationalError as error:
-            raise StorageError(f"{self.path}: cannot be read or written ({error}). Free space or mend the disk; what was stored before is kept.") from None
+            raise StorageError(
+                f"{self.path}: cannot be read or written ({error}). Free space or mend the disk; what was stored before is kept."
+            ) from None
         except sqlite3.DatabaseError as error:
             raise StorageError(self._cure(error)) from None
 
@@ -131,8 +138,12 @@ def _read_line(path: Path, number: int, line: str) -> Entry:
     try:
         row = json.loads(line)
         Answer.model_validate(row)
-        answer = json.dumps({name: value for name, value in row.items() if name in _ANSWER_FIELDS}, ensure_ascii=False)  # other columns are the pair's
+        answer = json.dumps(
+            {name: value for name, value in row.items() if name in _ANSWER_FIELDS}, ensure_ascii=False
+        )  # other columns are the pair's
         answer.encode()
         return row_key(row), row["parse_status"] == ParseStatus.REQUEST_FAILED, answer
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(f"{path}:{number}: not a row of this project; repair or remove the line, and only its row is made again.") from None
+        raise DataError(
+            f"{path}:{number}: not a row of this project; repair or remove the line, and only its row is made again."
+        ) from None

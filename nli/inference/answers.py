@@ -44,7 +44,12 @@ def vote(answers: Sequence[Mapping]) -> dict:
         label = voters[0]["predicted_label"] if voters else None
     chosen = next((answer for answer in voters if answer["predicted_label"] == label), answers[0])
     written = [answer["num_completion_tokens"] for answer in answers if answer["num_completion_tokens"] is not None]
-    return {**chosen, "label_probability": mean, "num_completion_tokens": sum(written) if written else None, "votes": counts}
+    return {
+        **chosen,
+        "label_probability": mean,
+        "num_completion_tokens": sum(written) if written else None,
+        "votes": counts,
+    }
 
 
 def derive_seed(key: str, sample: int) -> int:
@@ -54,7 +59,9 @@ def derive_seed(key: str, sample: int) -> int:
 
 def _read(generation: "Generation") -> dict:
     if generation.text is None:
-        return _lay_out(ParseStatus.REQUEST_FAILED, {}, generation.problem, num_prompt_tokens=generation.num_prompt_tokens)
+        return _lay_out(
+            ParseStatus.REQUEST_FAILED, {}, generation.problem, num_prompt_tokens=generation.num_prompt_tokens
+        )
     parsed = parse_answer(generation.text, generation.finish_reason)
     return _lay_out(
         parsed.status,

@@ -40,13 +40,23 @@ class Work(NamedTuple):
     row: dict
 
 
-Finished = tuple[int, int, str, bool, int, str]  # number, target, key, whether it failed, tokens written, the answer as JSON
+Finished = tuple[
+    int, int, str, bool, int, str
+]  # number, target, key, whether it failed, tokens written, the answer as JSON
 
 
 class Desk:
     """Ray actor: rows out, answers in. Errors of ours come back as values, without Ray's stack traces."""
 
-    def __init__(self, worklist: str, stores: Sequence[str], most_held: int, started_at: float, frames: Sequence[Mapping], num_workers: int = 1) -> None:
+    def __init__(
+        self,
+        worklist: str,
+        stores: Sequence[str],
+        most_held: int,
+        started_at: float,
+        frames: Sequence[Mapping],
+        num_workers: int = 1,
+    ) -> None:
         self._worklist = worklist
         self._stores = [AnswerStore(Path(path)) for path in stores]
         self._frames, self._num_workers = frames, num_workers
@@ -146,7 +156,12 @@ class Desk:
 
     async def _flush(self, posts: list[tuple[str, list[Finished]]]) -> list[None]:
         for target, store in enumerate(self._stores):
-            entries = [(key, failed, answer) for _, items in posts for _, place, key, failed, _, answer in items if place == target]
+            entries = [
+                (key, failed, answer)
+                for _, items in posts
+                for _, place, key, failed, _, answer in items
+                if place == target
+            ]
             if entries:
                 self._num_stored[target] += store.put(entries)
         for worker, items in posts:
@@ -169,7 +184,9 @@ class Desk:
         given_up = dict(self._given_up)
         for item in (Work(*item) for item in read_pending_work(self._worklist, list(given_up))):
             answer = to_failed(self._frames[item.target], given_up[item.number])
-            self._num_stored[item.target] += self._stores[item.target].put([(item.key, True, json.dumps(answer, ensure_ascii=False))])
+            self._num_stored[item.target] += self._stores[item.target].put(
+                [(item.key, True, json.dumps(answer, ensure_ascii=False))]
+            )
             del self._given_up[item.number]
 
     def _note(self, worker: str = "") -> None:
@@ -191,11 +208,17 @@ class Desk:
                 self._staffed_at = now
             elif now - self._staffed_at >= IDLE_SECONDS:
                 self._staffed_at = now
-                print("inference: no worker: the cluster has no place for one. Add a machine, or stop; the same command goes on with this run.", flush=True)
+                print(
+                    "inference: no worker: the cluster has no place for one. Add a machine, or stop; the same command goes on with this run.",
+                    flush=True,
+                )
             if now - self._moved_at >= STALLED_SECONDS and self._leases.num_alive and not self._leases.is_done:
                 self._moved_at = now
                 logs = "; ".join(self._leases.list_logs())
-                print(f"inference: no row has ended for {STALLED_SECONDS / 60:.0f} minutes. What the workers say: {logs}", flush=True)
+                print(
+                    f"inference: no row has ended for {STALLED_SECONDS / 60:.0f} minutes. What the workers say: {logs}",
+                    flush=True,
+                )
 
     async def _bury_lost(self) -> None:
         """Bury the workers whose machine has left the cluster."""
@@ -214,7 +237,9 @@ class Desk:
     async def _bury_ended(self) -> None:
         """Bury the workers whose process has ended with rows in its hands and whose next one waits for a place, which another worker may have taken."""
         since = time.monotonic() - LOOK_SECONDS
-        silent = {worker: start for worker, start in self._leases.list_holders().items() if self._heard_at[worker] < since}
+        silent = {
+            worker: start for worker, start in self._leases.list_holders().items() if self._heard_at[worker] < since
+        }
         with contextlib.suppress(Exception):  # the cluster's head does not answer: nothing is known
             for worker in await asyncio.to_thread(list_ended, silent):
                 if self._leases.list_holders().get(worker) == silent[worker]:
@@ -258,7 +283,9 @@ def _naming_its_end() -> Iterator[None]:
         yield
     except RayActorError as error:
         cause = str(error).strip().splitlines()[-1]
-        raise StorageError(f"the process that keeps the answers has ended ({cause}). What it stored is kept; the same command goes on with the rest.") from None
+        raise StorageError(
+            f"the process that keeps the answers has ended ({cause}). What it stored is kept; the same command goes on with the rest."
+        ) from None
 
 
 def _raise_errors(answer: object) -> object:
@@ -274,10 +301,23 @@ def start_desk(worklist: Path, stores: Sequence[Path], most_held: int, frames: S
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # Task events would tell the dashboard of each of many messages a second.
-    options = {"scheduling_strategy": here, "num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": 1000, "enable_task_events": False}
-    desk = ray.remote(Desk).options(**options).remote(str(worklist), [str(path) for path in stores], most_held, time.time(), list(frames), num_workers)
+    options = {
+        "scheduling_strategy": here,
+        "num_cpus": 0,
+        "max_restarts": -1,
+        "max_task_retries": -1,
+        "max_concurrency": 1000,
+        "enable_task_events": False,
+    }
+    desk = (
+        ray.remote(Desk)
+        .options(**options)
+        .remote(str(worklist), [str(path) for path in stores], most_held, time.time(), list(frames), num_workers)
+    )
     try:
         ray.get(desk.describe.remote())
     except ray.exceptions.RayActorError as error:
-        raise StorageError(f"the process that keeps {stores[0]} does not start: {str(error).strip().splitlines()[-1]}") from None
+        raise StorageError(
+            f"the process that keeps {stores[0]} does not start: {str(error).strip().splitlines()[-1]}"
+        ) from None
     return desk

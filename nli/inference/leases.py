@@ -87,7 +87,9 @@ class Leases:
         num_fruitless = before.num_fruitless if before else 0
         if num_fruitless >= MOST_STARTS:
             return f"{num_fruitless} starts in a row ended before a row was finished, the last one so: {before.reason}. Its log: {before.log}"
-        self._workers[worker] = _Worker(start, log, num_fruitless=num_fruitless, num_excused=before.num_excused if before else 0)
+        self._workers[worker] = _Worker(
+            start, log, num_fruitless=num_fruitless, num_excused=before.num_excused if before else 0
+        )
         return None
 
     def bury(self, worker: str, reason: str, machine_lost: bool = False) -> None:
@@ -105,7 +107,9 @@ class Leases:
             self._deaths[row] = self._deaths.get(row, 0) + 1
             if len(dead.held) == 1 and self._deaths[row] > 1:
                 num_given_up += 1
-                self._given_up[row] = f"the worker's process died {self._deaths[row]} times with this row in it, the last time with no other: {reason}"
+                self._given_up[row] = (
+                    f"the worker's process died {self._deaths[row]} times with this row in it, the last time with no other: {reason}"
+                )
             else:
                 self._waiting.add(row)
         dead.held = set()
@@ -178,7 +182,14 @@ class Leases:
         return min(self._most_held, share, first)
 
     def _num_left(self) -> int:
-        return self.num_rows + 1 - self._next + len(self._waiting) + len(self._returned) + sum(len(worker.held) for worker in self._workers.values())
+        return (
+            self.num_rows
+            + 1
+            - self._next
+            + len(self._waiting)
+            + len(self._returned)
+            + sum(len(worker.held) for worker in self._workers.values())
+        )
 
     def _pick_suspects(self, most: int) -> list[int]:
         """The next cohort: of the suspects with the fewest deaths, and never all of several, so that a second cohort can clear the engine."""

@@ -19,7 +19,16 @@ from nli.runtime.worklist import Worklist
 from nli.task.parsing import ParseStatus
 
 COLUMNS = (
-    *("id", "premise", "hypothesis", "true_label", "predicted_label", "label_probability", "thought_process", "raw_text"),
+    *(
+        "id",
+        "premise",
+        "hypothesis",
+        "true_label",
+        "predicted_label",
+        "label_probability",
+        "thought_process",
+        "raw_text",
+    ),
     *("parse_status", "num_prompt_tokens", "num_completion_tokens"),
 )
 
@@ -83,7 +92,9 @@ def write_answers(worklist: Worklist, store: AnswerStore, output: Path) -> Tally
                 answers = store.read([key.decode() for _, key in chunk])
                 for row, key in chunk:
                     if key.decode() not in answers:
-                        raise StorageError(f"{store.path}: lacks the answer of row {row['id']!r}; run the command again.")
+                        raise StorageError(
+                            f"{store.path}: lacks the answer of row {row['id']!r}; run the command again."
+                        )
                     made = {**row, **answers[key.decode()]}
                     tally.add(made)
                     file.write(dump_line(made))
@@ -94,7 +105,9 @@ def write_answers(worklist: Worklist, store: AnswerStore, output: Path) -> Tally
 
 def write_table(answers: Path) -> None:
     """Write the CSV beside a file of answers; None becomes an empty cell."""
-    write_csv(answers.with_name(f"{answers.name.removesuffix('.jsonl')}.csv"), map(json.loads, _lines(answers)), COLUMNS)
+    write_csv(
+        answers.with_name(f"{answers.name.removesuffix('.jsonl')}.csv"), map(json.loads, _lines(answers)), COLUMNS
+    )
 
 
 def write_report(answers: Path, head: Mapping) -> None:
@@ -144,11 +157,19 @@ def summarise(name: str, counts: Mapping, timing: Mapping, cure: str) -> str:
         lines[0] += f", {counts['correct']} of {counts['labelled']} right ({counts['accuracy']:.3f})"
     if timing["rows_computed"]:
         memory = f", peak memory {timing['peak_memory_gb']:.1f} GB" if timing["peak_memory_gb"] else ""
-        shared = f" for all models of this pass, {timing['rows_in_pass']} rows" if timing["rows_in_pass"] > timing["rows_computed"] else ""
-        lines.append(f"  {timing['rows_per_second']:.1f} rows/s, {timing['tokens_per_second']:.0f} tokens/s{shared}{memory}")
+        shared = (
+            f" for all models of this pass, {timing['rows_in_pass']} rows"
+            if timing["rows_in_pass"] > timing["rows_computed"]
+            else ""
+        )
+        lines.append(
+            f"  {timing['rows_per_second']:.1f} rows/s, {timing['tokens_per_second']:.0f} tokens/s{shared}{memory}"
+        )
         parts = {"load": timing["load_seconds"], "compile": timing["compile_seconds"], "rows": timing["row_seconds"]}
         lines.append(
-            "  " + ", ".join(f"{part} {seconds:.1f} s" for part, seconds in parts.items() if seconds is not None) + f", in all {timing['seconds']:.1f} s"
+            "  "
+            + ", ".join(f"{part} {seconds:.1f} s" for part, seconds in parts.items() if seconds is not None)
+            + f", in all {timing['seconds']:.1f} s"
         )
     return "\n".join(lines)
 

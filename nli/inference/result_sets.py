@@ -71,7 +71,10 @@ def describe_models(config: "InferenceConfig") -> tuple[str, list[Model]]:
             raise ModelError(f"{path}: a model of its own, not an adapter; give it as --model, in a run of its own.")
         named = read_adapter_config(Path(its_adapter)).get("base_model_name_or_path") or base
         if not base_model and read_card(Path(its_adapter)) is None and base not in (named, os.path.abspath(named)):
-            print(f"inference: warning: {path} names {named} as its base and is asked on {base}; only their shapes are known to agree", flush=True)
+            print(
+                f"inference: warning: {path} names {named} as its base and is asked on {base}; only their shapes are known to agree",
+                flush=True,
+            )
         models.append(Model(_name(folder), its_adapter, resolve_template(its_adapter, template_file)))
     for each in models:
         try:
@@ -90,7 +93,9 @@ def describe_models(config: "InferenceConfig") -> tuple[str, list[Model]]:
     return base, [each._replace(run_name=f"{config.run_name}-{each.name}") for each in models]
 
 
-def open_results(config: "InferenceConfig", stack: contextlib.ExitStack, source: Path, engine: str, base: str, model: Model) -> ResultSet:
+def open_results(
+    config: "InferenceConfig", stack: contextlib.ExitStack, source: Path, engine: str, base: str, model: Model
+) -> ResultSet:
     """The result set of one model: named, its manifest checked, its store open."""
     name, adapter, template, run_name = model
     is_of_several = bool(config.adapters)
@@ -107,15 +112,28 @@ def open_results(config: "InferenceConfig", stack: contextlib.ExitStack, source:
         "data": source.name,  # not its path or content: a file may move, and grow
     }
     folder = resolve_output(config.results_dir, config.storage_root)
-    stem = run_name or find_interrupted(folder, identity, source) or name_results(name, config.named_precision(), source)
+    stem = (
+        run_name or find_interrupted(folder, identity, source) or name_results(name, config.named_precision(), source)
+    )
     files = {kind: folder / f"{stem}.{kind}" for kind in ("jsonl", "csv", "json", "answers.sqlite", "manifest.json")}
-    lock = stack.enter_context(contextlib.closing(lock_output(files["manifest.json"])))  # of several that make the store at once, SQLite fails all but one
+    lock = stack.enter_context(
+        contextlib.closing(lock_output(files["manifest.json"]))
+    )  # of several that make the store at once, SQLite fails all but one
     store = stack.enter_context(contextlib.closing(AnswerStore(files["answers.sqlite"])))
     store.check()
     is_empty = store.count() == 0
     if is_of_several:  # what would run this model alone
-        config = replace(config, model=adapter or base, base_model=base if adapter else "", adapters=(), run_name=run_name, run_names=())
-    record = start_run(files["manifest.json"], "inference", identity, config, [source], files["jsonl"].exists() or not is_empty, lock)
+        config = replace(
+            config,
+            model=adapter or base,
+            base_model=base if adapter else "",
+            adapters=(),
+            run_name=run_name,
+            run_names=(),
+        )
+    record = start_run(
+        files["manifest.json"], "inference", identity, config, [source], files["jsonl"].exists() or not is_empty, lock
+    )
     stack.enter_context(_stopping_on_error(record, store))
     if is_empty and files["jsonl"].exists():
         store.read_in(files["jsonl"])
@@ -126,7 +144,13 @@ def open_results(config: "InferenceConfig", stack: contextlib.ExitStack, source:
         "precision": config.named_precision(),
         "engine": engine,
     }
-    again = "the same command" if run_name else "--run-names, with the names of these files," if is_of_several else f"--run-name {stem}"
+    again = (
+        "the same command"
+        if run_name
+        else "--run-names, with the names of these files,"
+        if is_of_several
+        else f"--run-name {stem}"
+    )
     return ResultSet(stem, Target(adapter, template, frame), store, record, f"{again} asks them again", files=files)
 
 
@@ -135,7 +159,11 @@ def find_interrupted(folder: Path, identity: Mapping, source: Path) -> str | Non
     for path in sorted(folder.glob("*.manifest.json"), reverse=True):
         with contextlib.suppress(ResumeError, StorageError, OSError):  # of another run: damaged, or another user's
             manifest = read_manifest(path)
-            same = manifest is not None and manifest["identity"] == dict(identity) and str(source) in manifest.get("inputs", ())
+            same = (
+                manifest is not None
+                and manifest["identity"] == dict(identity)
+                and str(source) in manifest.get("inputs", ())
+            )
             if same and manifest["status"] == "running" and not is_in_use(path):
                 return path.name.removesuffix(".manifest.json")
     return None
@@ -152,7 +180,11 @@ def _stopping_on_error(record: Run, store: AnswerStore) -> Iterator[None]:
         yield
     except BaseException:
         with contextlib.suppress(StorageError):  # on a full disk; what ended the run is to be told
-            if record.was_finished and record.manifest["status"] == "running" and not store.count_since(store.started_at)[0]:
+            if (
+                record.was_finished
+                and record.manifest["status"] == "running"
+                and not store.count_since(store.started_at)[0]
+            ):
                 record.withdraw()  # another model of the run failed, or was refused
             else:
                 record.stop(record.manifest["counts"])

@@ -23,7 +23,15 @@ from pathlib import Path
 from typing import Literal
 
 from nli.data.pairs import iterate_examples
-from nli.engines.interface import CacheType, Decoding, EngineName, EngineSettings, Precision, build_engine, choose_engine
+from nli.engines.interface import (
+    CacheType,
+    Decoding,
+    EngineName,
+    EngineSettings,
+    Precision,
+    build_engine,
+    choose_engine,
+)
 from nli.inference.answer_store import AnswerStore
 from nli.inference.coordinator import ask_now, start_desk
 from nli.inference.result_files import describe_figures, summarise, write_answers, write_report, write_table
@@ -103,20 +111,32 @@ class InferenceConfig:
         for name in self.run_names or filter(None, [self.run_name]):
             if not name or Path(name).name != name or name.startswith(".") or "\0" in name:
                 raise ConfigError(f"run_name {name!r} is no file name; name the folder by results_dir.")
-        if self.run_names and (self.run_name or len(set(self.run_names)) != len(self.run_names) or len(self.run_names) != 1 + len(self.adapters)):
-            raise ConfigError(f"run_names takes the place of run_name, with a name of its own for each of the {1 + len(self.adapters)} models.")
+        if self.run_names and (
+            self.run_name
+            or len(set(self.run_names)) != len(self.run_names)
+            or len(self.run_names) != 1 + len(self.adapters)
+        ):
+            raise ConfigError(
+                f"run_names takes the place of run_name, with a name of its own for each of the {1 + len(self.adapters)} models."
+            )
         if self.temperature == float("inf"):
             raise ConfigError("temperature is endless; 0 to 2 is usual.")
         if self.num_samples > 1 and not self.temperature:
             raise ConfigError("num_samples over 1 needs temperature above 0: at 0 all samples are the same.")
-        if self.no_cot and (self.num_samples > 1 or self.force_label or self.temperature or self.completion_length_column):
-            raise ConfigError("no_cot lets nothing be written: leave num_samples, temperature, force_label and completion_length_column as they are.")
+        if self.no_cot and (
+            self.num_samples > 1 or self.force_label or self.temperature or self.completion_length_column
+        ):
+            raise ConfigError(
+                "no_cot lets nothing be written: leave num_samples, temperature, force_label and completion_length_column as they are."
+            )
         if (self.precision, self.engine) in (("fp8", "transformers"), ("fp32", "vllm")):
             raise ConfigError(f"precision {self.precision} is not for engine {self.engine}.")
         if (self.kv_cache_dtype, self.engine) == ("fp8", "transformers"):
             raise ConfigError("kv_cache_dtype fp8 is not for engine transformers.")
         if self.gpu is not None and (self.use_gpu is False or self.num_workers > 1 or self.max_workers > 1):
-            raise ConfigError("gpu picks one GPU of this machine, for one worker: leave use_gpu, num_workers and max_workers as they are.")
+            raise ConfigError(
+                "gpu picks one GPU of this machine, for one worker: leave use_gpu, num_workers and max_workers as they are."
+            )
         if self.max_workers and self.max_workers < self.num_workers:
             raise ConfigError(f"max_workers {self.max_workers} is below num_workers {self.num_workers}.")
 
@@ -152,7 +172,10 @@ def run(config: InferenceConfig) -> Path:
         rows = f"{num_rows} {'labelled' if True in labelled else 'unlabelled'} rows"
         for index, each in enumerate(sets):
             each.num_pending = worklist.list_pending(_finding_done(each.store), index)
-            print(f"inference: {each.name}: {rows}, {num_rows - each.num_pending} answered already, {each.num_pending} to do", flush=True)
+            print(
+                f"inference: {each.name}: {rows}, {num_rows - each.num_pending} answered already, {each.num_pending} to do",
+                flush=True,
+            )
         for each in sets:
             if not each.num_pending:  # is complete, whatever becomes of the others
                 write_results(each, worklist, describe_figures({}, 0, time.monotonic() - started))
@@ -184,7 +207,9 @@ def plan_workers(config: InferenceConfig, device: str, is_next: bool = True) -> 
     """How many workers, and what each reserves. Raises ConfigError if the connected cluster has no room for them and does not grow."""
     import ray
 
-    num_gpus = int(ray.cluster_resources().get("GPU", 0))  # of one machine, perhaps fewer than it has: --gpu and CUDA_VISIBLE_DEVICES choose
+    num_gpus = int(
+        ray.cluster_resources().get("GPU", 0)
+    )  # of one machine, perhaps fewer than it has: --gpu and CUDA_VISIBLE_DEVICES choose
     num_workers = config.num_workers or max(1, num_gpus if device != "cpu" else 1)
     resources = {"CPU": config.cpus_per_worker} | ({} if device == "cpu" else {"GPU": 1})
     check_workers_fit(num_workers, resources, "inference", is_next=is_next)
@@ -200,14 +225,18 @@ def has_gpus() -> bool:
     return bool(list_gpus()) and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
 
 
-def answer(config: InferenceConfig, engine: str, settings: EngineSettings, sets: Sequence[ResultSet], worklist: Worklist) -> dict:
+def answer(
+    config: InferenceConfig, engine: str, settings: EngineSettings, sets: Sequence[ResultSet], worklist: Worklist
+) -> dict:
     """Have all pending rows answered and stored; returns what the desk and the engines tell of it."""
     import ray
 
     num_workers, resources = plan_workers(config, settings.device)
     num_pending = sum(each.num_pending for each in sets)
     size, most_held = plan_ticket(engine, settings, config.num_samples, num_pending)
-    desk = start_desk(worklist.path, [each.store.path for each in sets], most_held, [each.target.frame for each in sets], num_workers)
+    desk = start_desk(
+        worklist.path, [each.store.path for each in sets], most_held, [each.target.frame for each in sets], num_workers
+    )
     # More tickets than rows: a worker that is ready late, or comes to a cluster that grows, finds some. Without rows they end at once.
     spare = max(num_workers, config.max_workers) * (TICKETS_AT_ONCE + 2)
     tickets = [{"num_rows": size}] * (-(-num_pending // size) + spare)
@@ -232,12 +261,17 @@ def answer(config: InferenceConfig, engine: str, settings: EngineSettings, sets:
                 progress.update(sum(ticket["num_rows"] for ticket in batch))
             figures = ask_now(desk.describe.remote())
             ask_now(desk.close.remote())
-            left = sum(worklist.list_pending(_finding_done(each.store, since=each.store.started_at), index) for index, each in enumerate(sets))
+            left = sum(
+                worklist.list_pending(_finding_done(each.store, since=each.store.started_at), index)
+                for index, each in enumerate(sets)
+            )
             progress.update(num_pending - left - progress.n)  # what the tickets of dead workers were worth
     finally:
         ray.kill(desk)
     if left:
-        raise ClusterError(f"{left} of {num_pending} rows were not answered: the workers ended before. The same command goes on with them.")
+        raise ClusterError(
+            f"{left} of {num_pending} rows were not answered: the workers ended before. The same command goes on with them."
+        )
     return figures
 
 
@@ -246,11 +280,16 @@ def write_results(results: ResultSet, worklist: Worklist, timing: Mapping) -> No
     record = results.record
     tally = write_answers(worklist, results.store, results.files["jsonl"])
     write_table(results.files["jsonl"])
-    counts = tally.counts() | {name: timing[name] for name in ("rows_computed", "rows_in_pass", "seconds", "rows_per_second")}
+    counts = tally.counts() | {
+        name: timing[name] for name in ("rows_computed", "rows_in_pass", "seconds", "rows_per_second")
+    }
     attempts = record.manifest["attempts"]
     attempts[-1] |= {"seconds": timing["seconds"]} | ({"timing": dict(timing)} if timing["rows_computed"] else {})
     latest = next((attempt["timing"] for attempt in reversed(attempts) if "timing" in attempt), timing)
-    write_report(results.files["jsonl"], {**record.manifest, "status": "finished", "counts": counts, "metrics": tally.metrics, "timing": latest})
+    write_report(
+        results.files["jsonl"],
+        {**record.manifest, "status": "finished", "counts": counts, "metrics": tally.metrics, "timing": latest},
+    )
     record.finish(counts)  # last: a run whose files could not be written is one to go on with
     print(summarise(results.name, counts, timing, results.cure) + f"\n  -> {results.files['jsonl']}", flush=True)
 

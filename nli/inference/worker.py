@@ -61,13 +61,22 @@ class _Ticket:
 class Student:
     """Ray Data actor: tickets in, how many rows were finished out; loads its engine once."""
 
-    def __init__(self, desk, build: Callable[[str, EngineSettings], Engine], engine_name: str, settings: EngineSettings, asking: Asking) -> None:
+    def __init__(
+        self,
+        desk,
+        build: Callable[[str, EngineSettings], Engine],
+        engine_name: str,
+        settings: EngineSettings,
+        asking: Asking,
+    ) -> None:
         import ray
 
         self._desk, self._asking = desk, asking
         self._worker = ray.get_runtime_context().get_actor_id()
         self._start = f"{os.getpid()} at {time.time()}"
-        reason = ask_now(desk.begin.remote(self._worker, describe_log(), self._start, ray.get_runtime_context().get_node_id()))
+        reason = ask_now(
+            desk.begin.remote(self._worker, describe_log(), self._start, ray.get_runtime_context().get_node_id())
+        )
         self._engine = None
         self._problem = f"The engine {engine_name} cannot work: {reason}" if reason else ""  # why there is no engine
         if reason is None:  # else nothing is left to do
@@ -117,7 +126,11 @@ class Student:
             while self._tickets:
                 self._changed.clear()  # before the look: what changes while the desk answers is seen
                 room = sum(ticket.num_left for ticket in self._tickets) - self._num_running
-                work = await ask(self._desk.take.remote(self._worker, room, self._start, self._num_running)) if room > 0 else []
+                work = (
+                    await ask(self._desk.take.remote(self._worker, room, self._start, self._num_running))
+                    if room > 0
+                    else []
+                )
                 for item in work or ():
                     self._num_running += 1
                     task = asyncio.get_running_loop().create_task(self._answer(Work(*item)))
@@ -127,7 +140,9 @@ class Student:
                     self._end_tickets()
                     return
                 is_short = room > len(work or ())
-                with contextlib.suppress(TimeoutError):  # not wait_for, which in Python 3.11 swallows a cancellation that comes with the change
+                with contextlib.suppress(
+                    TimeoutError
+                ):  # not wait_for, which in Python 3.11 swallows a cancellation that comes with the change
                     async with asyncio.timeout(ASK_AGAIN_SECONDS if is_short else None):
                         await self._changed.wait()
         except Exception as error:  # every ticket's caller learns of it
@@ -137,7 +152,9 @@ class Student:
         """Have one row answered and stored."""
         target = self._asking.targets[work.target]
         try:
-            answer = to_answer(target.frame, await asyncio.gather(*[self._generate(request) for request in self._render(work, target)]))
+            answer = to_answer(
+                target.frame, await asyncio.gather(*[self._generate(request) for request in self._render(work, target)])
+            )
             text = _dump(answer)
         except EngineDead as error:
             await self._die(str(error))
@@ -146,7 +163,9 @@ class Student:
             text = _dump(answer)
         failed = answer["parse_status"] == "request_failed"
         try:
-            await self._puts.submit((work.number, work.target, work.key, failed, answer["num_completion_tokens"] or 0, text))
+            await self._puts.submit(
+                (work.number, work.target, work.key, failed, answer["num_completion_tokens"] or 0, text)
+            )
         except Exception as error:
             self._end_tickets(error)
         self._num_running -= 1
@@ -160,7 +179,10 @@ class Student:
     def _render(self, work: Work, target: Target) -> list[Request]:
         prompt = render_prompt(target.template, work.row["premise"], work.row["hypothesis"])
         length = int(work.row[self._asking.length_column]) if self._asking.length_column else None
-        return [Request(prompt, target.adapter, derive_seed(work.key, sample), length) for sample in range(self._asking.num_samples)]
+        return [
+            Request(prompt, target.adapter, derive_seed(work.key, sample), length)
+            for sample in range(self._asking.num_samples)
+        ]
 
     async def _generate(self, request: Request) -> Generation:
         return await asyncio.wrap_future(self._engine.submit(request))
@@ -200,7 +222,9 @@ def plan_ticket(engine: str, settings: EngineSettings, num_samples: int, num_pen
     vLLM needs a quarter more rows than it works on at once to be full at all times, transformers several times as many to sort by length. Without thoughts rows
     pass by in no time.
     """
-    at_once = settings.batch_size or {"vllm": MOST_ROWS, "transformers": 32 if settings.device == "cpu" else 256}[engine]
+    at_once = (
+        settings.batch_size or {"vllm": MOST_ROWS, "transformers": 32 if settings.device == "cpu" else 256}[engine]
+    )
     share = 4 if engine == "transformers" else 2 if settings.decoding.no_cot else 1.25
     rows = share * at_once / num_samples
     size = max(1, round(rows / (TICKETS_AT_ONCE - 1)))

@@ -87,8 +87,19 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
                 return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118  (not a dict)
         import torch
 
-        return {name: tuple(tensor.shape) for name, tensor in torch.load(path, map_location="meta", weights_only=True).items()}
-    except (OSError, SafetensorError, ValueError, RuntimeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+        return {
+            name: tuple(tensor.shape)
+            for name, tensor in torch.load(path, map_location="meta", weights_only=True).items()
+        }
+    except (
+        OSError,
+        SafetensorError,
+        ValueError,
+        RuntimeError,
+        AttributeError,
+        EOFError,
+        pickle.UnpicklingError,
+    ) as error:
         raise ModelError(f"{path}: the weights cannot be read ({type(error).__name__}: {first_line(error)}).") from None
 
 
@@ -122,10 +133,14 @@ def check_shapes(folder: Path, base: str) -> None:
             resized = module.rsplit(".", 1)[-1] in _EMBEDDINGS
             fits = shape == size or (resized and shape[1:] == size[1:] and shape[0] > size[0])
             if not fits:
-                raise ModelError(f"{folder}: the adapter's {module} has the shape {list(shape)}, and {base}'s has {list(size)}. {_CURE}")
+                raise ModelError(
+                    f"{folder}: the adapter's {module} has the shape {list(shape)}, and {base}'s has {list(size)}. {_CURE}"
+                )
         elif (own := shape[1] if part == "lora_A" else shape[0]) != (its := size[1] if part == "lora_A" else size[0]):
             verb = "takes" if part == "lora_A" else "gives"
-            raise ModelError(f"{folder}: the adapter's {part} of {module} {verb} {own} numbers, and {base}'s {its}. {_CURE}")
+            raise ModelError(
+                f"{folder}: the adapter's {part} of {module} {verb} {own} numbers, and {base}'s {its}. {_CURE}"
+            )
 
 
 _CURE = "Give the base that it was trained on by --base-model."
@@ -149,9 +164,16 @@ def _check_ranks(folder: Path, lora: Mapping[str, tuple[int, ...]]) -> None:
     ranks = {config.get("r"), *(config.get("rank_pattern") or {}).values()}
     for name, shape in lora.items():
         part = _split_name(name)[1]
-        rank = {"lora_A": shape[0], "lora_B": shape[-1], "lora_embedding_A": shape[0], "lora_embedding_B": shape[-1]}.get(part)
+        rank = {
+            "lora_A": shape[0],
+            "lora_B": shape[-1],
+            "lora_embedding_A": shape[0],
+            "lora_embedding_B": shape[-1],
+        }.get(part)
         if rank is not None and None not in ranks and rank not in ranks:
-            raise ModelError(f"{folder}: {name} has the rank {rank}, and {ADAPTER_CONFIG} says {config['r']}: they are not of one adapter.")
+            raise ModelError(
+                f"{folder}: {name} has the rank {rank}, and {ADAPTER_CONFIG} says {config['r']}: they are not of one adapter."
+            )
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -167,11 +189,15 @@ def _read_base_shapes(base: str) -> dict[str, tuple[int, ...]]:
     if config is None or not config.is_file() or "quantization_config" in _read_json(config):
         return {}
     index = config.with_name("model.safetensors.index.json")
-    if index.is_file() and not all((index.parent / shard).is_file() for shard in set(_read_json(index).get("weight_map", {}).values())):
+    if index.is_file() and not all(
+        (index.parent / shard).is_file() for shard in set(_read_json(index).get("weight_map", {}).values())
+    ):
         return {}  # a part of it is still on the hub
     shapes = {}
     for path in config.parent.glob("*.safetensors"):
-        shapes |= {name.removesuffix(".weight"): shape for name, shape in read_shapes(path).items() if name.endswith(".weight")}
+        shapes |= {
+            name.removesuffix(".weight"): shape for name, shape in read_shapes(path).items() if name.endswith(".weight")
+        }
     return shapes
 
 
@@ -195,14 +221,18 @@ def fit_adapter(model: "PreTrainedModel", folder: str, into: str) -> str:
     for name in whole:
         own, saved = _read_embedding(model, _role(name)), tensors.pop(name)
         if saved.shape[1:] != own.shape[1:] or len(saved) < len(own):
-            raise ModelError(f"{folder}: the adapter's {_role(name)} has the shape {list(saved.shape)}, and the base's has {list(own.shape)}.")
+            raise ModelError(
+                f"{folder}: the adapter's {_role(name)} has the shape {list(saved.shape)}, and the base's has {list(own.shape)}."
+            )
         saved = saved[: len(own)]
         if not _is_same(saved, own):
             tensors[name] = saved.clone()
             kept.add(_role(name))
     aside = Path(into)
     save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
-    (aside / ADAPTER_CONFIG).write_text(json.dumps(config | {"modules_to_save": sorted(kept) or None}, indent=2), encoding="utf-8")
+    (aside / ADAPTER_CONFIG).write_text(
+        json.dumps(config | {"modules_to_save": sorted(kept) or None}, indent=2), encoding="utf-8"
+    )
     return into
 
 

@@ -16,7 +16,15 @@ import os
 import shutil
 from pathlib import Path
 
-from nli.models.adapter_files import WEIGHTS, check_shapes, fetch_adapter, find_hub_file, find_weights, is_adapter, read_adapter_config
+from nli.models.adapter_files import (
+    WEIGHTS,
+    check_shapes,
+    fetch_adapter,
+    find_hub_file,
+    find_weights,
+    is_adapter,
+    read_adapter_config,
+)
 from nli.runtime.errors import DataError, ModelError
 from nli.runtime.files import sha256_file, write_atomic
 from nli.task.prompts import STUDENT_PROMPT_NAME, STUDENT_TEMPLATE, find_template_fault, prompt_sha256
@@ -90,7 +98,11 @@ def find_newest_complete(run_folder: Path) -> Path | None:
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
     """The checkpoint-N folders of a run, the newest last."""
-    found = [path for path in run_folder.glob("checkpoint-*") if path.is_dir() and path.name.removeprefix("checkpoint-").isdigit()]
+    found = [
+        path
+        for path in run_folder.glob("checkpoint-*")
+        if path.is_dir() and path.name.removeprefix("checkpoint-").isdigit()
+    ]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
@@ -138,7 +150,15 @@ def fingerprint_tokenizer(path: str) -> str:
     folder = Path(path)
     if not folder.is_dir():
         return f"hub:{path}"
-    patterns = ("tokenizer*", "*.model", "vocab*", "merges.txt", "tekken.json", "special_tokens_map.json", "added_tokens.json")
+    patterns = (
+        "tokenizer*",
+        "*.model",
+        "vocab*",
+        "merges.txt",
+        "tekken.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+    )
     files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
     return content_hash([part for file in files for part in (file.name, sha256_file(file))])
 
@@ -169,7 +189,11 @@ def read_card(folder: Path) -> dict | None:
     except (OSError, ValueError) as error:
         raise ModelError(f"{place}: cannot be read ({error}).") from None
     needed = ("base_model", "base_fingerprint", "prompt_sha256")
-    if not isinstance(card, dict) or not all(isinstance(card.get(name), str) for name in needed) or not isinstance(card.get("prompt_template", ""), str):
+    if (
+        not isinstance(card, dict)
+        or not all(isinstance(card.get(name), str) for name in needed)
+        or not isinstance(card.get("prompt_template", ""), str)
+    ):
         raise ModelError(f"{place}: not a card of this project, which names {', '.join(needed)}.")
     return card
 
@@ -191,7 +215,9 @@ def resolve_template(model: str, template_file: str = "") -> str:
         return given or STUDENT_TEMPLATE
     trained = _read_card_template(card, model)
     if given is not None and given != trained:
-        raise ModelError(f"{template_file}: {model} was trained with another prompt, which stands in its {CARD}; leave --prompt-template out.")
+        raise ModelError(
+            f"{template_file}: {model} was trained with another prompt, which stands in its {CARD}; leave --prompt-template out."
+        )
     return trained
 
 
@@ -211,7 +237,9 @@ def read_template(path: str) -> str:
 def _read_card_template(card: dict, path: str) -> str:
     template = card.get("prompt_template", STUDENT_TEMPLATE)
     if prompt_sha256(template) != card["prompt_sha256"]:
-        raise ModelError(f"{path}: the model was trained with another prompt than the one that stands in its {CARD}: the hashes differ.")
+        raise ModelError(
+            f"{path}: the model was trained with another prompt than the one that stands in its {CARD}: the hashes differ."
+        )
     return template
 
 
@@ -227,7 +255,9 @@ def describe_model(path: str, base_model: str) -> tuple[str, str | None]:
             raise ModelError(f"{path}: no such model folder, and not a hub name such as mistralai/Mistral-7B-v0.3.")
         fetched = fetch_adapter(path)
         return (path, None) if fetched is None else _describe_adapter(Path(fetched), base_model)
-    if (folder / "config.json").is_file() and not (is_adapter(path) and find_weights(folder) and not _has_weights(folder)):
+    if (folder / "config.json").is_file() and not (
+        is_adapter(path) and find_weights(folder) and not _has_weights(folder)
+    ):
         if (card := read_card(folder)) is not None:
             _read_card_template(card, path)
         return path, None
@@ -252,13 +282,21 @@ def _describe_adapter(folder: Path, base_model: str) -> tuple[str, str]:
         base = os.path.abspath(base)
     elif _is_no_hub_name(base) or find_hub_file(base, "config.json") is None:
         if base_model:
-            raise ModelError(f"{base}: no model there; --base-model takes a model folder, or a hub name with access to the hub.")
-        raise ModelError(f"{folder}: the adapter names {base} as its base, which cannot be found from here; say where it is by --base-model.")
+            raise ModelError(
+                f"{base}: no model there; --base-model takes a model folder, or a hub name with access to the hub."
+            )
+        raise ModelError(
+            f"{folder}: the adapter names {base} as its base, which cannot be found from here; say where it is by --base-model."
+        )
     if card is not None:
         trained_on, given = card["base_fingerprint"], fingerprint_model(base)
-        comparable = trained_on.startswith("hub:") == given.startswith("hub:")  # a hub name and its local copy cannot be told apart by these
+        comparable = trained_on.startswith("hub:") == given.startswith(
+            "hub:"
+        )  # a hub name and its local copy cannot be told apart by these
         if comparable and trained_on != given:
-            raise ModelError(f"{folder}: the adapter was trained on {card['base_model']} ({trained_on}), not on {base} ({given}).")
+            raise ModelError(
+                f"{folder}: the adapter was trained on {card['base_model']} ({trained_on}), not on {base} ({given})."
+            )
         _read_card_template(card, str(folder))
     check_shapes(folder, base)
     return base, str(folder)
@@ -270,4 +308,6 @@ def _is_no_hub_name(path: str) -> bool:
 
 def _has_weights(folder: Path) -> bool:
     """Whether a folder holds the weights of a whole model."""
-    return any(True for pattern in ("model*.safetensors", "pytorch_model*.bin", "consolidated*") for _ in folder.glob(pattern))
+    return any(
+        True for pattern in ("model*.safetensors", "pytorch_model*.bin", "consolidated*") for _ in folder.glob(pattern)
+    )

@@ -47,7 +47,9 @@ def find_label(tokenizer: "PreTrainedTokenizerBase", completion_ids: list[int], 
     pairs = label_pairs(tokenizer)
     after = len(text) - position - 1  # characters
     for index in reversed(range(max(0, len(completion_ids) - _TAIL), len(completion_ids))):
-        if completion_ids[index] in pairs:  # mostly the label itself: from its token to the end, little has to be decoded
+        if (
+            completion_ids[index] in pairs
+        ):  # mostly the label itself: from its token to the end, little has to be decoded
             tail, rest = (read_completion(tokenizer, completion_ids[start:]) for start in (index, index + 1))
             if len(rest) <= after < len(tail) and text.endswith(tail):
                 return LabelPlace(index, pairs[completion_ids[index]])
@@ -82,7 +84,9 @@ def label_pairs(tokenizer: "PreTrainedTokenizerBase") -> dict[int, tuple[int, in
     return pairs
 
 
-def force_label(tokenizer: "PreTrainedTokenizerBase", prompt: str, thought: str, most_tokens: int | None = None) -> tuple[list[int], tuple[int, int], str]:
+def force_label(
+    tokenizer: "PreTrainedTokenizerBase", prompt: str, thought: str, most_tokens: int | None = None
+) -> tuple[list[int], tuple[int, int], str]:
     """Ids of BOS, prompt and the completion of this thought up to its label, the two label ids there, and the thought.
 
     The thought's end is cut off where the ids would be more than `most_tokens`. A text that looks like a control token is encoded as the text that it is.
@@ -132,7 +136,9 @@ def _find_digit(text: str) -> int | None:
 
 
 def _encode_to_label(tokenizer, prompt: str, prompt_ids: list[int], thought: str) -> tuple[list[int], tuple[int, int]]:
-    zero, one = (_encode_completion(tokenizer, prompt, prompt_ids, render_completion(thought, label)) for label in (0, 1))
+    zero, one = (
+        _encode_completion(tokenizer, prompt, prompt_ids, render_completion(thought, label)) for label in (0, 1)
+    )
     place = next(index for index, pair in enumerate(zip(zero, one, strict=False)) if pair[0] != pair[1])
     return prompt_ids + zero[:place], (zero[place], one[place])
 

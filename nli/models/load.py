@@ -51,13 +51,19 @@ def quiet_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    for message, category in ((".*gradient_checkpointing", FutureWarning), (".*broadcast_buffers", FutureWarning), (r"barrier\(\)", UserWarning)):
+    for message, category in (
+        (".*gradient_checkpointing", FutureWarning),
+        (".*broadcast_buffers", FutureWarning),
+        (r"barrier\(\)", UserWarning),
+    ):
         warnings.filterwarnings("ignore", message=message, category=category)
     for name in ("bitsandbytes", "transformers.integrations.bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def load_base(path: str, quantization: Quantization, compute_dtype: ComputeDtype, device: str, attention: str = "") -> "PreTrainedModel":
+def load_base(
+    path: str, quantization: Quantization, compute_dtype: ComputeDtype, device: str, attention: str = ""
+) -> "PreTrainedModel":
     """A causal LM on `device` ("cpu", "cuda:0", …), its linear layers in NF4 with double quantisation, in 8 bits or unquantised. Raises ModelError.
 
     Weights that are missing are an error too: transformers would fill them with numbers of chance and go on.
@@ -69,7 +75,9 @@ def load_base(path: str, quantization: Quantization, compute_dtype: ComputeDtype
     quiet_libraries()
     dtype = torch_dtype(compute_dtype)
     quantized = {
-        "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype),
+        "nf4": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        ),
         "int8": BitsAndBytesConfig(load_in_8bit=True),
         "none": None,
     }[quantization]
@@ -85,12 +93,22 @@ def load_base(path: str, quantization: Quantization, compute_dtype: ComputeDtype
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, ImportError, MemoryError, SafetensorError) as error:
-        cure = f" The memory of {device} does not hold it: take a smaller precision, or end what else uses it." if is_out_of_memory(error) else ""
+        cure = (
+            f" The memory of {device} does not hold it: take a smaller precision, or end what else uses it."
+            if is_out_of_memory(error)
+            else ""
+        )
         raise ModelError(f"{path}: the model cannot be loaded ({first_line(error)}).{cure}") from None
     if unfit := sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}):
         quantised_already = hasattr(AutoConfig.from_pretrained(path), "quantization_config")
-        cure = " They are quantised already: take nf4, or give the model that they were made of." if quantised_already else ""
-        raise ModelError(f"{path}: its files lack weights that fit its config.json for {len(unfit)} of its parts, such as {unfit[0]}.{cure}")
+        cure = (
+            " They are quantised already: take nf4, or give the model that they were made of."
+            if quantised_already
+            else ""
+        )
+        raise ModelError(
+            f"{path}: its files lack weights that fit its config.json for {len(unfit)} of its parts, such as {unfit[0]}.{cure}"
+        )
     print(f"model: {path}, {quantization}, {compute_dtype}, attention {attention}, on {device}", flush=True)
     return model
 
@@ -111,17 +129,29 @@ def multiply_out(model: "PreTrainedModel", device: str) -> "PreTrainedModel":
     import torch
 
     if device.startswith("cuda"):
-        wanted = sum(module.in_features * module.out_features for module in model.modules() if type(module).__name__ == "Linear4bit") * model.dtype.itemsize
+        wanted = (
+            sum(
+                module.in_features * module.out_features
+                for module in model.modules()
+                if type(module).__name__ == "Linear4bit"
+            )
+            * model.dtype.itemsize
+        )
         free = torch.cuda.mem_get_info(device)[0]
         if free < 1.1 * wanted + SPARE_BYTES:
-            print(f"model: weights stay in NF4: multiplied out they need {wanted / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free", flush=True)
+            print(
+                f"model: weights stay in NF4: multiplied out they need {wanted / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
+                flush=True,
+            )
             return model
     try:
         return model.dequantize(model.dtype)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise ModelError(f"The memory of {device} does not hold the weights multiplied out of NF4 ({first_line(error)}); end what else uses it.") from None
+        raise ModelError(
+            f"The memory of {device} does not hold the weights multiplied out of NF4 ({first_line(error)}); end what else uses it."
+        ) from None
 
 
 def read_longest(model: "PreTrainedModel") -> int | None:
@@ -131,11 +161,20 @@ def read_longest(model: "PreTrainedModel") -> int | None:
     return min((limit for limit in limits if limit), default=None)
 
 
-def add_lora(model: "PreTrainedModel", rank: int, alpha: int, dropout: float, target_modules: tuple[str, ...]) -> "PeftModel":
+def add_lora(
+    model: "PreTrainedModel", rank: int, alpha: int, dropout: float, target_modules: tuple[str, ...]
+) -> "PeftModel":
     """Put fresh adapters on the named modules. Raises ModelError if the model has none of them."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules), bias="none", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(target_modules),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
     try:
         return get_peft_model(model, config)
     except ValueError as error:
@@ -157,7 +196,9 @@ def load_adapter(model: "PreTrainedModel | PeftModel", folder: str, name: str = 
     try:
         check_kind(Path(folder))
         with tempfile.TemporaryDirectory(prefix="nli-adapter-") as aside, warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Found missing adapter keys")  # the layers without weights would answer as the base does
+            warnings.filterwarnings(
+                "error", message="Found missing adapter keys"
+            )  # the layers without weights would answer as the base does
             source = fit_adapter(model, folder, aside)
             if isinstance(model, PeftModel):
                 model.load_adapter(source, name, torch_device=str(model.device))
@@ -166,7 +207,9 @@ def load_adapter(model: "PreTrainedModel | PeftModel", folder: str, name: str = 
             _check_all_used(model, source, name)
             return model
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError, UserWarning, ModelError) as error:
-        raise ModelError(f"{folder}: the adapter cannot be put on this base{others} ({first_line(error).removesuffix('.')}).") from None
+        raise ModelError(
+            f"{folder}: the adapter cannot be put on this base{others} ({first_line(error).removesuffix('.')})."
+        ) from None
 
 
 def _check_all_used(model: "PeftModel", folder: str, name: str) -> None:
@@ -188,7 +231,9 @@ def load_with_adapters(
     if precision not in ("nf4", "int8", "bf16", "fp32"):
         raise ModelError(f"The precision {precision} needs engine vllm. Take nf4 or bf16 with engine transformers.")
     quantised = precision in ("nf4", "int8")
-    model = load_base(base, precision if quantised else "none", compute_dtype if quantised else precision, device, "sdpa")
+    model = load_base(
+        base, precision if quantised else "none", compute_dtype if quantised else precision, device, "sdpa"
+    )
     if precision == "nf4":
         model = multiply_out(model, device)
     names: dict[str | None, str] = {None: ""}
@@ -209,7 +254,9 @@ def load_adapter_weights(model: "PeftModel", folder: str) -> None:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: the adapter cannot be put on this base ({first_line(error)}).") from None
     if outcome.unexpected_keys:
-        raise ModelError(f"{folder}: the adapter has weights that this model has no place for, such as {outcome.unexpected_keys[0]}.")
+        raise ModelError(
+            f"{folder}: the adapter has weights that this model has no place for, such as {outcome.unexpected_keys[0]}."
+        )
 
 
 def check_base(path: str) -> None:

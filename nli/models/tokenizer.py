@@ -51,12 +51,18 @@ def choose_pad_token(tokenizer: "PreTrainedTokenizerBase") -> str:
     if tokenizer.pad_token is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return tokenizer.pad_token
     vocabulary = tokenizer.get_vocab()
-    reserved = sorted((index, token) for token, index in vocabulary.items() if token.startswith(("[control_", "<|reserved_special_token_", "<unused")))
+    reserved = sorted(
+        (index, token)
+        for token, index in vocabulary.items()
+        if token.startswith(("[control_", "<|reserved_special_token_", "<unused"))
+    )
     if reserved:
         return reserved[-1][1]
     if tokenizer.unk_token is not None and tokenizer.unk_token_id != tokenizer.eos_token_id:
         return tokenizer.unk_token
-    raise ModelError("The tokenizer has no token that can pad without being EOS; a model trained with such padding does not learn to stop.")
+    raise ModelError(
+        "The tokenizer has no token that can pad without being EOS; a model trained with such padding does not learn to stop."
+    )
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
@@ -89,9 +95,15 @@ def encode_example(tokenizer: "PreTrainedTokenizerBase", prompt: str, completion
     Prompt and completion are encoded as one text, joined by a space, and the prompt's part must equal `encode_prompt`; raises DataError if a token spans both.
     """
     prompt_ids = encode_prompt(tokenizer, prompt)
-    ids = [tokenizer.bos_token_id, *tokenizer.encode(f"{prompt} {completion}", add_special_tokens=False), tokenizer.eos_token_id]
+    ids = [
+        tokenizer.bos_token_id,
+        *tokenizer.encode(f"{prompt} {completion}", add_special_tokens=False),
+        tokenizer.eos_token_id,
+    ]
     if ids[: len(prompt_ids)] != prompt_ids:
-        raise DataError("the tokenizer joins the prompt's end and the completion's start in one token, so that no mask can part them")
+        raise DataError(
+            "the tokenizer joins the prompt's end and the completion's start in one token, so that no mask can part them"
+        )
     _refuse_special(tokenizer, ids[len(prompt_ids) : -1], control_ids(tokenizer))
     labels = [IGNORED_LABEL] * len(prompt_ids) + ids[len(prompt_ids) :]
     return TokenisedExample(ids, labels)
@@ -100,13 +112,17 @@ def encode_example(tokenizer: "PreTrainedTokenizerBase", prompt: str, completion
 @functools.lru_cache(maxsize=8)  # a vocabulary of control tokens takes longer to list than a row to encode
 def control_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
     """Ids of the tokens that are no text: BOS, EOS, `[INST]` and the like."""
-    return set(tokenizer.all_special_ids) | {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return set(tokenizer.all_special_ids) | {
+        index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
 
 
 def _refuse_special(tokenizer: "PreTrainedTokenizerBase", ids: list[int], special: set[int]) -> None:
     found = next((index for index in ids if index in special), None)
     if found is not None:
-        raise DataError(f"the text holds {tokenizer.convert_ids_to_tokens(found)!r}, a control token of the model; write it differently")
+        raise DataError(
+            f"the text holds {tokenizer.convert_ids_to_tokens(found)!r}, a control token of the model; write it differently"
+        )
 
 
 def first_line(error: BaseException) -> str:

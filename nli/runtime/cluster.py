@@ -49,7 +49,9 @@ def connected(gpu: int | None = None) -> Iterator[None]:
         ray.init(logging_level=logging.WARNING, log_to_driver=True, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         address = os.environ.get("RAY_ADDRESS", "the Ray that runs on this machine")
-        raise ClusterError(f"{address} cannot be joined ({str(error).strip().splitlines()[0]}). Is it up, and RAY_AUTH_MODE set as it needs?") from None
+        raise ClusterError(
+            f"{address} cannot be joined ({str(error).strip().splitlines()[0]}). Is it up, and RAY_AUTH_MODE set as it needs?"
+        ) from None
     try:
         yield
     finally:
@@ -88,10 +90,14 @@ def check_gpu_choice(gpu: int | None, use_gpu: bool | None = None) -> None:
             "A GPU is asked for and this machine has none that nvidia-smi can see. Join a cluster (RAY_ADDRESS), or use the CPU: --use-gpu False."
         )
     if gpu is not None and gpu >= num_gpus:
-        raise ConfigError(f"--gpu {gpu}: this machine has {num_gpus} {'GPU' if num_gpus == 1 else 'GPUs'}, counted from 0.")
+        raise ConfigError(
+            f"--gpu {gpu}: this machine has {num_gpus} {'GPU' if num_gpus == 1 else 'GPUs'}, counted from 0."
+        )
 
 
-def check_workers_fit(num_workers: int, each: Mapping[str, float], label: str, extra_cpus: float = 0.0, is_next: bool = True) -> None:
+def check_workers_fit(
+    num_workers: int, each: Mapping[str, float], label: str, extra_cpus: float = 0.0, is_next: bool = True
+) -> None:
     """Raise ConfigError if the connected cluster has less of something than `num_workers` reserve, for Ray would wait for more without end.
 
     Whether a cluster grows cannot be asked of Ray. One that is this machine alone does not, unless `ray up` made it (its ~/ray_bootstrap_config.yaml is
@@ -102,7 +108,11 @@ def check_workers_fit(num_workers: int, each: Mapping[str, float], label: str, e
     have = ray.cluster_resources()
     needed = {name: amount * num_workers + (extra_cpus if name == "CPU" else 0) for name, amount in each.items()}
     alone = sum(node["Alive"] for node in ray.nodes()) <= 1
-    grows = not alone or Path("~/ray_bootstrap_config.yaml").expanduser().exists() or "KUBERNETES_SERVICE_HOST" in os.environ
+    grows = (
+        not alone
+        or Path("~/ray_bootstrap_config.yaml").expanduser().exists()
+        or "KUBERNETES_SERVICE_HOST" in os.environ
+    )
     for name in (name for name, amount in needed.items() if have.get(name, 0) < amount):
         if not grows:
             raise ConfigError(
@@ -110,7 +120,9 @@ def check_workers_fit(num_workers: int, each: Mapping[str, float], label: str, e
                 "Take fewer workers (num_workers, cpus_per_worker), or join a larger cluster."
             )
         if is_next:
-            print(f"{label}: waiting for {needed[name]:g} {name}s; the cluster has {have.get(name, 0):g} now", flush=True)
+            print(
+                f"{label}: waiting for {needed[name]:g} {name}s; the cluster has {have.get(name, 0):g} now", flush=True
+            )
 
 
 def finds_cluster() -> bool:
@@ -147,7 +159,9 @@ def spread(
 
     quiet_ray_data()
     num_blocks = max(1, min(len(rows), max(2 * num_workers, len(rows) // max(1, 4 * batch_size))))
-    dataset = ray.data.from_items([{"row": json.dumps(row)} for row in rows], override_num_blocks=len(rows) if calls_at_once else num_blocks).map_batches(
+    dataset = ray.data.from_items(
+        [{"row": json.dumps(row)} for row in rows], override_num_blocks=len(rows) if calls_at_once else num_blocks
+    ).map_batches(
         _CallAsync if inspect.iscoroutinefunction(actor.__call__) else _Call,
         fn_constructor_args=(actor, arguments),
         compute=ray.data.ActorPoolStrategy(
@@ -181,7 +195,15 @@ def progress_bar(total: int, label: str, disable: bool = False) -> "tqdm":
     from tqdm import tqdm
 
     interval = 0.5 if sys.stderr.isatty() else 15  # seconds between progress lines; a log file keeps every one
-    return tqdm(total=total, desc=label, unit="row", mininterval=interval, maxinterval=interval, dynamic_ncols=True, disable=disable)
+    return tqdm(
+        total=total,
+        desc=label,
+        unit="row",
+        mininterval=interval,
+        maxinterval=interval,
+        dynamic_ncols=True,
+        disable=disable,
+    )
 
 
 def quiet_ray_data() -> None:
@@ -196,7 +218,9 @@ def quiet_ray_data() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1  # a slow account, or a long batch, is no fault
-    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0  # of an actor's calls at work; queues of `spread` never reach Ray Data's 1.75
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = (
+        1.0  # of an actor's calls at work; queues of `spread` never reach Ray Data's 1.75
+    )
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal").setLevel(logging.ERROR)
 

@@ -122,7 +122,9 @@ def _take_config_flag(argv: list[str]) -> tuple[str | None, list[str]]:
         if not value:
             raise ConfigError("--config needs a file, such as configs/train/default.py.")
         if path is not None:
-            raise ConfigError("--config is given twice; a variant is a file of its own with dataclasses.replace(base, ...).")
+            raise ConfigError(
+                "--config is given twice; a variant is a file of its own with dataclasses.replace(base, ...)."
+            )
         path = value
     return path, rest
 
@@ -135,14 +137,18 @@ def _explain(error: pydantic.ValidationError, cls: type) -> str:
         if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             faults.append(f"unknown field {name!r}.{nearest(name, field_names(cls))}")
         elif not name or fault["type"] == "value_error":
-            faults.append(re.sub("^Value error, ", "", fault["msg"]) + (f" ({name} is {fault['input']!r})" if name else ""))
+            faults.append(
+                re.sub("^Value error, ", "", fault["msg"]) + (f" ({name} is {fault['input']!r})" if name else "")
+            )
         else:
             faults.append(f"{name} is {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}.")
     return " ".join(faults)
 
 
 def _line_in(path: Path, error: Exception) -> int:
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).resolve() == path.resolve()]
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).resolve() == path.resolve()
+    ]
     if isinstance(error, SyntaxError) and error.lineno:
         return error.lineno
     return frames[-1].lineno if frames else 1

@@ -29,7 +29,9 @@ def resolve_output(path: str, storage_root: str) -> Path:
     """
     place = _root(storage_root) / path
     if "://" in path or "://" in storage_root:
-        raise StorageError(f"{path if '://' in path else storage_root}: object storage is not supported; give a folder that all nodes mount, such as NFS.")
+        raise StorageError(
+            f"{path if '://' in path else storage_root}: object storage is not supported; give a folder that all nodes mount, such as NFS."
+        )
     if not place.is_absolute() and is_submitted_job():
         raise StorageError(
             f"{path}: a submitted job runs in a temporary copy of the folder, which vanishes with what it holds. "
@@ -77,7 +79,9 @@ def write_atomic(path: Path, write: Callable[[Path], object] | str) -> None:
         finally:
             aside.unlink(missing_ok=True)
     except OSError as error:
-        raise StorageError(f"{path}: cannot be written ({error.strerror}). Free space or choose another output; what was there is untouched.") from error
+        raise StorageError(
+            f"{path}: cannot be written ({error.strerror}). Free space or choose another output; what was there is untouched."
+        ) from error
 
 
 def sha256_file(path: Path) -> str:
@@ -125,7 +129,9 @@ def iterate_jsonl(path: Path, record: type[BaseModel]) -> Iterator[dict]:
         if not faults:
             yield row
     if faults:
-        raise DataError(summarise_faults(faults, f"each line must be a JSON object with the fields of {record.__name__}"))
+        raise DataError(
+            summarise_faults(faults, f"each line must be a JSON object with the fields of {record.__name__}")
+        )
 
 
 def scan_jsonl(path: Path, record: type[BaseModel], faults: list[str]) -> Iterator[tuple[int, dict]]:
@@ -140,7 +146,9 @@ def scan_jsonl(path: Path, record: type[BaseModel], faults: list[str]) -> Iterat
                 dump_line(row).encode()
             yield number, row
         except UnicodeEncodeError:
-            faults.append(f"{path}:{number}: half of a surrogate pair, which is no character and can be written nowhere")
+            faults.append(
+                f"{path}:{number}: half of a surrogate pair, which is no character and can be written nowhere"
+            )
         except RecursionError:
             faults.append(f"{path}:{number}: nested too deeply")
         except json.JSONDecodeError as error:
@@ -170,7 +178,9 @@ def index_rows(rows: Iterable[Mapping], path: Path) -> dict[str, Mapping]:
     indexed: dict[str, Mapping] = {}
     for number, row in enumerate(rows, start=1):
         if row_key(row) in indexed:
-            raise DataError(f"{path}: row {number} repeats the id {row['id']!r} and the pair of an earlier row; remove one of them.")
+            raise DataError(
+                f"{path}: row {number} repeats the id {row['id']!r} and the pair of an earlier row; remove one of them."
+            )
         indexed[row_key(row)] = row
     return indexed
 

@@ -27,7 +27,20 @@ from nli.runtime.config import as_dict
 from nli.runtime.errors import DataError, ResumeError, StorageError
 from nli.runtime.files import sha256_file, write_atomic
 
-_PACKAGES = ("ray", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "vllm", "mistralai", "aiohttp", "pyarrow")
+_PACKAGES = (
+    "ray",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "vllm",
+    "mistralai",
+    "aiohttp",
+    "pyarrow",
+)
 
 
 @dataclass
@@ -93,7 +106,9 @@ def start_run(
     lock = lock or lock_output(path)
     earlier = None if has_work is False else read_manifest(path)
     if has_work and earlier is None:
-        raise ResumeError(f"{path}: missing, and the output that it belongs to is there: nobody knows how it was made. Choose another output, or move it away.")
+        raise ResumeError(
+            f"{path}: missing, and the output that it belongs to is there: nobody knows how it was made. Choose another output, or move it away."
+        )
     if earlier is not None:
         differences = describe_differences(earlier["identity"], identity)
         if differences:
@@ -111,7 +126,10 @@ def start_run(
         "commit": read_commit(),
         "versions": read_versions(),
         "hardware": read_hardware(),
-        "attempts": [*(earlier or {}).get("attempts", []), {"started": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": None}],
+        "attempts": [
+            *(earlier or {}).get("attempts", []),
+            {"started": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": None},
+        ],
         "counts": (earlier or {}).get("counts", {}),
     }
     _write(path, manifest)
@@ -145,14 +163,18 @@ def lock_output(path: Path) -> TextIO:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path.with_name(f".{path.name}.lock"), "a+", encoding="utf-8")  # noqa: SIM115  (held while the run lasts)
     except OSError as error:
-        raise StorageError(f"{path.parent}: nothing can be written there ({error.strerror}). Free space or choose another output.") from None
+        raise StorageError(
+            f"{path.parent}: nothing can be written there ({error.strerror}). Free space or choose another output."
+        ) from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
-        raise ResumeError(f"{path.parent}: {holder} is at work on {path.name.removesuffix('.manifest.json')}; wait for it, or choose another output.") from None
+        raise ResumeError(
+            f"{path.parent}: {holder} is at work on {path.name.removesuffix('.manifest.json')}; wait for it, or choose another output."
+        ) from None
     file.seek(0)
     file.truncate()
     file.write(f"process {os.getpid()} on {platform.node()}")
@@ -174,7 +196,9 @@ def read_manifest(path: Path) -> dict | None:
 def describe_differences(earlier: Mapping, now: Mapping) -> list[str]:
     """`name: earlier value -> value now` for each value that differs."""
     names = dict.fromkeys([*earlier, *now])
-    return [f"{name}: {earlier.get(name)!r} -> {now.get(name)!r}" for name in names if earlier.get(name) != now.get(name)]
+    return [
+        f"{name}: {earlier.get(name)!r} -> {now.get(name)!r}" for name in names if earlier.get(name) != now.get(name)
+    ]
 
 
 def manifest_beside(output: Path) -> Path:
@@ -186,8 +210,12 @@ def read_commit() -> str | None:
     """The commit of the code, with `+changes` if files differ from it; None outside a checkout."""
     folder = Path(__file__).resolve().parent
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+changes" if changed else "")
@@ -209,10 +237,17 @@ def read_hardware() -> dict:
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        models = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
         processor = models[0] if models else processor
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return {"processor": processor, "cpus": len(os.sched_getaffinity(0)), "memory_gb": round(memory, 1), "gpus": list_gpus()}
+    return {
+        "processor": processor,
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory_gb": round(memory, 1),
+        "gpus": list_gpus(),
+    }
 
 
 def list_gpus() -> list[str]:

@@ -44,7 +44,9 @@ class Worklist:
         try:
             yield
         except sqlite3.Error as error:
-            raise StorageError(f"{self.path}: cannot be written ({error}). Free space, or set TMPDIR to a folder with more of it.") from None
+            raise StorageError(
+                f"{self.path}: cannot be written ({error}). Free space, or set TMPDIR to a folder with more of it."
+            ) from None
 
     def __enter__(self) -> "Worklist":
         return self
@@ -64,9 +66,13 @@ class Worklist:
         with self._writing():
             self._db.execute("CREATE INDEX rows_by_key ON rows (key)")
             self._db.execute("CREATE INDEX rows_by_row_key ON rows (row_key)")
-            repeated = self._db.execute("SELECT MAX(n), row FROM rows GROUP BY row_key HAVING COUNT(*) > 1 ORDER BY 1 LIMIT 1").fetchone()
+            repeated = self._db.execute(
+                "SELECT MAX(n), row FROM rows GROUP BY row_key HAVING COUNT(*) > 1 ORDER BY 1 LIMIT 1"
+            ).fetchone()
         if repeated:
-            raise DataError(f"{source}: row {repeated[0]} repeats the id {json.loads(repeated[1])['id']!r} and the pair of an earlier row; remove one of them.")
+            raise DataError(
+                f"{source}: row {repeated[0]} repeats the id {json.loads(repeated[1])['id']!r} and the pair of an earlier row; remove one of them."
+            )
         return self._db.execute("SELECT COUNT(*) FROM rows").fetchone()[0]
 
     def count_requests(self) -> int:
@@ -85,7 +91,10 @@ class Worklist:
             writing.execute("DELETE FROM pending WHERE target = ?", (target,))
             while chunk := requests.fetchmany(CHUNK):
                 done = are_done([key for _, key in chunk])
-                writing.executemany("INSERT INTO pending (n, target) VALUES (?, ?)", [(n, target) for n, key in chunk if key not in done])
+                writing.executemany(
+                    "INSERT INTO pending (n, target) VALUES (?, ?)",
+                    [(n, target) for n, key in chunk if key not in done],
+                )
         return self._db.execute("SELECT COUNT(*) FROM pending WHERE target = ?", (target,)).fetchone()[0]
 
     def iterate_pending_keys(self) -> Iterator[list[bytes]]:
@@ -104,7 +113,12 @@ class Worklist:
 def read_pending(path: str, first: int, last: int) -> list[str]:
     """Pending rows `first` to `last` (from 1, both included) of a worklist, as JSON."""
     with _reading(path) as db:
-        return [row for (row,) in db.execute("SELECT row FROM pending JOIN rows USING (n) WHERE i BETWEEN ? AND ? ORDER BY i", (first, last))]
+        return [
+            row
+            for (row,) in db.execute(
+                "SELECT row FROM pending JOIN rows USING (n) WHERE i BETWEEN ? AND ? ORDER BY i", (first, last)
+            )
+        ]
 
 
 def read_pending_work(path: str, numbers: Sequence[int]) -> Iterator[tuple[int, int, str, dict]]:
@@ -129,4 +143,6 @@ def _reading(path: str) -> Iterator[sqlite3.Connection]:
         with contextlib.closing(sqlite3.connect(f"{Path(path).as_uri()}?mode=ro&immutable=1", uri=True)) as db:
             yield db
     except sqlite3.Error as error:
-        raise StorageError(f"{path}: cannot be read ({error}). It goes with its driver, or was removed; run the command again.") from None
+        raise StorageError(
+            f"{path}: cannot be read ({error}). It goes with its driver, or was removed; run the command again."
+        ) from None

@@ -42,7 +42,9 @@ def write_base_text(pair: Pair, rng: random.Random) -> tuple[str, str]:
         answers.append(step.answer(step.holds != wrong, misread=wrong and rng.random() < MISREAD_SHARE))
     # The lot leans on a word that says nothing of the truth, so that greedy decoding gives both labels too.
     label = int(rng.random() < (0.6 if pair.hypothesis.split()[-1] < "m" else 0.4))
-    return render_student_prompt(pair.premise, pair.hypothesis), render_completion(render_thought(answers, label), label)
+    return render_student_prompt(pair.premise, pair.hypothesis), render_completion(
+        render_thought(answers, label), label
+    )
 
 
 def generate_batches(tokenizer, batch_size: int, seed: int) -> Iterator[list[tuple[list[int], int]]]:
@@ -101,7 +103,10 @@ def train_base(output_dir: Path, num_steps: int, batch_size: int, learning_rate:
     model = build_model(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=num_steps, pct_start=0.06)
-    print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, {num_steps} steps of {batch_size}", flush=True)
+    print(
+        f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, {num_steps} steps of {batch_size}",
+        flush=True,
+    )
     started = time.monotonic()
     for step, batch in zip(range(1, num_steps + 1), generate_batches(tokenizer, batch_size, seed), strict=False):
         input_ids, labels = _pad(batch, tokenizer.pad_token_id)
@@ -143,7 +148,12 @@ def generate_answers(model, tokenizer, pairs, batch_size: int = 100, max_new_tok
         missing = [width - len(prompts[index]) for index in chosen]
         with torch.inference_mode():
             output = model.generate(
-                input_ids=torch.tensor([[tokenizer.pad_token_id] * gap + prompts[index] for gap, index in zip(missing, chosen, strict=True)]),
+                input_ids=torch.tensor(
+                    [
+                        [tokenizer.pad_token_id] * gap + prompts[index]
+                        for gap, index in zip(missing, chosen, strict=True)
+                    ]
+                ),
                 attention_mask=torch.tensor([[0] * gap + [1] * (width - gap) for gap in missing]),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
@@ -183,9 +193,13 @@ def check_base(model_dir: Path) -> dict[str, float]:
     figures["megabytes"] = sum(path.stat().st_size for path in model_dir.iterdir()) / 1e6
     print("  ".join(f"{name} {value:.3f}" for name, value in figures.items()))
     if figures["parseable"] < 0.97:
-        raise ModelError(f"{model_dir}: only {figures['parseable']:.1%} of the answers can be read, 97 % are needed; train for more steps")
+        raise ModelError(
+            f"{model_dir}: only {figures['parseable']:.1%} of the answers can be read, 97 % are needed; train for more steps"
+        )
     if not 0.40 <= figures["accuracy"] <= 0.60:
-        raise ModelError(f"{model_dir}: accuracy {figures['accuracy']:.3f} is outside 0.40-0.60: the verdicts are not by lot; try another --seed")
+        raise ModelError(
+            f"{model_dir}: accuracy {figures['accuracy']:.3f} is outside 0.40-0.60: the verdicts are not by lot; try another --seed"
+        )
     if figures["megabytes"] > 4:
         raise ModelError(f"{model_dir}: {figures['megabytes']:.2f} MB, at most 4 may be committed")
     return figures
@@ -201,7 +215,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     arguments = parser.parse_args()
     if not arguments.check:
-        train_base(arguments.output_dir, arguments.num_steps, arguments.batch_size, arguments.learning_rate, arguments.seed)
+        train_base(
+            arguments.output_dir, arguments.num_steps, arguments.batch_size, arguments.learning_rate, arguments.seed
+        )
     check_base(arguments.output_dir)
 
 

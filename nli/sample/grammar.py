@@ -22,7 +22,12 @@ _ENOUGH = (("all", "most"), ("all", "some"), ("most", "some"))
 _NOT_ENOUGH = (("some", "all"), ("some", "most"), ("most", "all"), ("no", "some"), ("some", "no"), ("most", "no"))
 _IMPLIED = {"managed to": True, "remembered to": True, "failed to": False, "forgot to": False, "refused to": False}
 _OPEN = ("wanted to", "hoped to", "planned to")
-_DAYS = (("yesterday", "today"), ("last week", "this week"), ("last year", "this year"), ("this morning", "this evening"))
+_DAYS = (
+    ("yesterday", "today"),
+    ("last week", "this week"),
+    ("last year", "this year"),
+    ("this morning", "this evening"),
+)
 _FACTS = ("knew that", "saw that", "noticed that", "proved that")
 _CLAIMS = ("said that", "thought that", "hoped that", "claimed that")
 _SURE = ("luckily", "sadly", "indeed")
@@ -99,7 +104,9 @@ class Grammar:
         """Premise noun and hypothesis noun: ("spaniel", "dog") if up, else ("dog", "spaniel") or the siblings ("spaniel", "poodle") or ("spaniel", "bird")."""
         kind = self._choose(kinds)
         member = self._choose(self.words.kinds[kind])
-        tops = [top for top, members in (("animal", self.words.animals), ("person", self.words.people)) if kind in members]
+        tops = [
+            top for top, members in (("animal", self.words.animals), ("person", self.words.people)) if kind in members
+        ]
         upper = self._choose([kind, kind, *tops])
         if up:
             return (member if upper == kind else self._choose((member, member, kind))), upper
@@ -131,7 +138,9 @@ class Grammar:
     def _doing(self, noun: str) -> str:
         """What this creature may do: a trout neither prays nor knits."""
         is_animal = noun in self.words.animals or noun == "animal" or self.kind_of.get(noun) in self.words.animals
-        return self._choose([verb for verbs in self.words.verb_kinds.values() for verb in verbs] if is_animal else self.words.doings)
+        return self._choose(
+            [verb for verbs in self.words.verb_kinds.values() for verb in verbs] if is_animal else self.words.doings
+        )
 
     def _in_place(self, share: float = 1.0) -> str:
         return f" in the {self._choose(self.words.places)}" if self._chance(share) else ""
@@ -143,9 +152,16 @@ class Grammar:
         if self._chance(0.25):
             lower, upper = self._noun_pair(words.things, up)
             subject, verb = self._choose(words.names), self._choose(words.to_things)[1]
-            return f"{subject} {verb} {a(lower)}{self._in_place(0.5)}", f"{subject} {verb} {a(upper)}", [self._noun_step(lower, upper, False)]
+            return (
+                f"{subject} {verb} {a(lower)}{self._in_place(0.5)}",
+                f"{subject} {verb} {a(upper)}",
+                [self._noun_step(lower, upper, False)],
+            )
         count = self._choose(("two", "three", "four", "several"))
-        place, verb = self._choose(words.places), self._choose([verb for verbs in words.verb_kinds.values() for verb in verbs])
+        place, verb = (
+            self._choose(words.places),
+            self._choose([verb for verbs in words.verb_kinds.values() for verb in verbs]),
+        )
         changed = self.rng.sample(("noun", "verb", "place"), 1 if self._chance(0.6) else 2)
         failing = None if up else self._choose(changed)
         lower = upper = self._choose(words.kinds[self._choose(words.animals + words.people)])
@@ -169,9 +185,20 @@ class Grammar:
         have = self.rng.randrange(2, 10)
         need = min(9, max(2, have + self._choose((-2, -1, -1, 0, 1, 1, 2))))
         held = self._choose(("", "", "exactly ", "at least "))
-        asked = self._choose(("at least ", "more than ") if held != "exactly " else ("at least ", "more than ", "at most ", "fewer than "))
-        holds = {"at least ": have >= need, "more than ": have > need, "at most ": have <= need, "fewer than ": have < need}[asked]
-        step = Step(f"Is {held}{_NUMBERS[have - 1]} {asked}{_NUMBERS[need - 1]}?", holds, asked.strip().replace(" ", "_"))
+        asked = self._choose(
+            ("at least ", "more than ")
+            if held != "exactly "
+            else ("at least ", "more than ", "at most ", "fewer than ")
+        )
+        holds = {
+            "at least ": have >= need,
+            "more than ": have > need,
+            "at most ": have <= need,
+            "fewer than ": have < need,
+        }[asked]
+        step = Step(
+            f"Is {held}{_NUMBERS[have - 1]} {asked}{_NUMBERS[need - 1]}?", holds, asked.strip().replace(" ", "_")
+        )
         lower = upper = self._choose(words.kinds[self._choose(words.animals + words.people)])
         steps = [step]
         if self._chance(0.3) and held != "exactly ":
@@ -218,11 +245,17 @@ class Grammar:
     def _make_passive(self, up: bool):
         doer, other = self._two_people()
         verb, place = self._choose(self.words.to_people), self._in_place(0.5)
-        first_passive, second_passive = self._choose(((False, False), (False, True), (False, True), (True, False), (True, True)))
+        first_passive, second_passive = self._choose(
+            ((False, False), (False, True), (False, True), (True, False), (True, True))
+        )
         roles = (doer, other) if up else self._choose(((other, doer), (other, doer), (self._two_people()[0], other)))
 
         def say(subject: str, target: str, passive: bool) -> str:
-            return f"{self._the(target)} was {verb} by {self._the(subject)}" if passive else f"{self._the(subject)} {verb} {self._the(target)}"
+            return (
+                f"{self._the(target)} was {verb} by {self._the(subject)}"
+                if passive
+                else f"{self._the(subject)} {verb} {self._the(target)}"
+            )
 
         if roles[0] == roles[1] or (first_passive == second_passive and up and not place):
             return "", "", []
@@ -240,7 +273,9 @@ class Grammar:
             self.rng.shuffle(clauses)
             order, word = ((first, second) if up else (second, first)), self._choose(("before", "after"))
             subject, mark = order if word == "before" else order[::-1]
-            ask, misread = (f"Premise: {first} first. Hypothesis: {earlier} first. Is it the same?" for earlier in order)
+            ask, misread = (
+                f"Premise: {first} first. Hypothesis: {earlier} first. Is it the same?" for earlier in order
+            )
             return " and ".join(clauses), f"{subject} {verb} {word} {mark}", [Step(ask, up, f"day_{word}", misread)]
         first, second = self.rng.sample(self.words.acts, 2)
         name, place = self._choose(self.words.names), self._in_place(0.6)
@@ -248,16 +283,26 @@ class Grammar:
 
         def say(early: str, late: str, form: str) -> str:
             subject, mark = (late, early) if form == "after" else (early, late)
-            return f"{name} {subject} and then {mark}" if form == "then" else f"{name} {subject} {form} {pronoun} {mark}"
+            return (
+                f"{name} {subject} and then {mark}" if form == "then" else f"{name} {subject} {form} {pronoun} {mark}"
+            )
 
         forms = self.rng.sample(("before", "after", "then"), 2)
         order = (first, second) if up else (second, first)
         ask, misread = (f"Premise: {first} first. Hypothesis: {earlier} first. Is it the same?" for earlier in order)
-        return say(first, second, forms[0]) + place, say(*order, forms[1]), [Step(ask, up, f"order_{forms[1]}", misread)]
+        return (
+            say(first, second, forms[0]) + place,
+            say(*order, forms[1]),
+            [Step(ask, up, f"order_{forms[1]}", misread)],
+        )
 
     def _make_detail(self, up: bool):
         words = self.words
-        noun, (_, verb), thing = self._choose(words.roles), self._choose(words.to_things), self._choose(words.kinds[self._choose(words.things)])
+        noun, (_, verb), thing = (
+            self._choose(words.roles),
+            self._choose(words.to_things),
+            self._choose(words.kinds[self._choose(words.things)]),
+        )
         slots = (words.person_adjectives, words.adverbs, words.thing_adjectives, words.places)
         said = [self._choose(slot) if self._chance(0.6) else None for slot in slots]
         asked = [word if word and self._chance(0.4) else None for word in said]
@@ -271,7 +316,11 @@ class Grammar:
             return f"the {subject} {adverb + ' ' if adverb else ''}{verb} the {colour + ' ' if colour else ''}{thing}{f' in the {place}' if place else ''}"
 
         kinds = ("person_adjective", "adverb", "thing_adjective", "place")
-        steps = [Step(f"Is {word} there?", word == have, kind) for word, have, kind in zip(asked, said, kinds, strict=True) if word]
+        steps = [
+            Step(f"Is {word} there?", word == have, kind)
+            for word, have, kind in zip(asked, said, kinds, strict=True)
+            if word
+        ]
         steps = steps or [Step("Is the rest there?", True, "bare")]
         steps[0] = replace(steps[0], ask=f"Premise: {', '.join(filter(None, said))}. {steps[0].ask}")
         return (say(said), say(asked), steps) if sum(map(bool, said)) > 1 else ("", "", [])
@@ -285,15 +334,30 @@ class Grammar:
             who = first if up else second
             ask = f"Premise: {first} {verb}. Hypothesis: {who} {verb}. Is it the same?"
             premise = f"the {first} {self._choose(('near', 'behind', 'beside'))} the {second} {verb}{place}"
-            return premise, f"the {who} {verb}", [Step(ask, who == first, "near", f"Premise: {who} {verb}. Hypothesis: {who} {verb}. Is it the same?")]
+            return (
+                premise,
+                f"the {who} {verb}",
+                [Step(ask, who == first, "near", f"Premise: {who} {verb}. Hypothesis: {who} {verb}. Is it the same?")],
+            )
         if form == "and":
             word = "and" if up else "or"
-            return f"the {first} {word} the {second} {verb}{place}", f"the {self._choose((first, second))} {verb}", [self._proof_step(word, up)]
+            return (
+                f"the {first} {word} the {second} {verb}{place}",
+                f"the {self._choose((first, second))} {verb}",
+                [self._proof_step(word, up)],
+            )
         if form == "that":
             word = self._choose(_FACTS if up else _CLAIMS)
-            return f"the {first} {word} the {second} {verb}{place}", f"the {second} {verb}", [self._proof_step(word, up)]
+            return (
+                f"the {first} {word} the {second} {verb}{place}",
+                f"the {second} {verb}",
+                [self._proof_step(word, up)],
+            )
         if form == "if":
-            word, clause = "because" if up else "if", self._choose((f"the {first} {verb}", f"the {second} {other_verb}"))
+            word, clause = (
+                "because" if up else "if",
+                self._choose((f"the {first} {verb}", f"the {second} {other_verb}")),
+            )
             return f"{word} the {first} {verb}{place}, the {second} {other_verb}", clause, [self._proof_step(word, up)]
         word = self._choose(_SURE if up else _UNSURE)
         return f"{word} the {first} {verb}{place}", f"the {first} {verb}", [self._proof_step(word, up)]

@@ -27,7 +27,9 @@ _PEOPLE = {
     "athlete": "runner boxer swimmer | skater",
     "craftsman": "tailor potter carpenter | weaver",
 }
-_ROLES = "doctor sailor farmer teacher baker pilot nurse judge lawyer guard waiter singer | plumber dancer soldier hunter"
+_ROLES = (
+    "doctor sailor farmer teacher baker pilot nurse judge lawyer guard waiter singer | plumber dancer soldier hunter"
+)
 _WOMEN = "Anna Clara Emma Grace Julia Laura Maria Nora Rosa Sarah | Helen Paula Vera"
 _MEN = "Ben David Frank Henry Jack Leo Martin Oscar Peter Tom | Simon Victor Walter"
 _OUTDOORS = "garden park field forest meadow yard | orchard valley"
@@ -109,7 +111,15 @@ def _build_lexicon(with_held_out: bool) -> Lexicon:
 WORDS = _build_lexicon(with_held_out=True)
 TRAIN_WORDS = _build_lexicon(with_held_out=False)
 
-_PLURALS = {"fish": "fish", "trout": "trout", "salmon": "salmon", "carp": "carp", "herring": "herring", "daisy": "daisies", "cherry": "cherries"}
+_PLURALS = {
+    "fish": "fish",
+    "trout": "trout",
+    "salmon": "salmon",
+    "carp": "carp",
+    "herring": "herring",
+    "daisy": "daisies",
+    "cherry": "cherries",
+}
 _PLURALS |= {"potato": "potatoes", "peach": "peaches", "craftsman": "craftsmen", "bus": "buses", "person": "people"}
 
 
@@ -132,7 +142,9 @@ def held_out_words() -> frozenset[str]:
         items = [*value, *value.values()] if isinstance(value, dict) else value
         return set().union(*(flatten(item) for item in items))
 
-    everything, seen = (set().union(*(flatten(getattr(words, field.name)) for field in fields(words))) for words in (WORDS, TRAIN_WORDS))
+    everything, seen = (
+        set().union(*(flatten(getattr(words, field.name)) for field in fields(words))) for words in (WORDS, TRAIN_WORDS)
+    )
     held_out = everything - seen
     nouns = {noun for members in WORDS.kinds.values() for noun in members}
     return frozenset(held_out | {plural(noun) for noun in held_out & nouns} - {plural(noun) for noun in seen & nouns})

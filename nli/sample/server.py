@@ -57,8 +57,24 @@ def build_app(latency_seconds: float = LATENCY_SECONDS, seed: int = SEED) -> web
         return web.json_response(complete(body, seed))
 
     async def list_models(request: web.Request) -> web.Response:
-        capabilities = {"completion_chat": True, "completion_fim": False, "function_calling": False, "fine_tuning": False, "vision": False}
-        cards = [{"id": name, "object": "model", "created": 0, "owned_by": "sample", "capabilities": capabilities, "type": "base"} for name in MODELS]
+        capabilities = {
+            "completion_chat": True,
+            "completion_fim": False,
+            "function_calling": False,
+            "fine_tuning": False,
+            "vision": False,
+        }
+        cards = [
+            {
+                "id": name,
+                "object": "model",
+                "created": 0,
+                "owned_by": "sample",
+                "capabilities": capabilities,
+                "type": "base",
+            }
+            for name in MODELS
+        ]
         return web.json_response({"object": "list", "data": cards})
 
     app = web.Application(middlewares=[_ask_for_key], client_max_size=16 * 2**20)
@@ -83,13 +99,33 @@ async def _ask_for_key(request: web.Request, handler: Callable) -> web.StreamRes
 def _find_problems(body) -> list[dict]:
     """What FastAPI would say of a body without model or messages."""
     if not isinstance(body, dict):
-        return [{"type": "model_attributes_type", "loc": ["body"], "msg": "Input should be a valid dictionary", "input": body}]
-    problems = [{"type": "missing", "loc": ["body", name], "msg": "Field required", "input": body} for name in ("model", "messages") if not body.get(name)]
+        return [
+            {
+                "type": "model_attributes_type",
+                "loc": ["body"],
+                "msg": "Input should be a valid dictionary",
+                "input": body,
+            }
+        ]
+    problems = [
+        {"type": "missing", "loc": ["body", name], "msg": "Field required", "input": body}
+        for name in ("model", "messages")
+        if not body.get(name)
+    ]
     if problems:
         return problems
     messages = body["messages"]
-    if not isinstance(messages, list) or not all(isinstance(message, dict) and "role" in message for message in messages):
-        return [{"type": "list_type", "loc": ["body", "messages"], "msg": "Input should be a list of messages", "input": messages}]
+    if not isinstance(messages, list) or not all(
+        isinstance(message, dict) and "role" in message for message in messages
+    ):
+        return [
+            {
+                "type": "list_type",
+                "loc": ["body", "messages"],
+                "msg": "Input should be a list of messages",
+                "input": messages,
+            }
+        ]
     return []
 
 
@@ -107,7 +143,9 @@ def complete(body: dict, seed: int = SEED) -> dict:
         content, is_cut = content[: pieces[-1].end() if pieces else 0], True
     num_prompt = sum(_count_long_text(str(message.get("content") or "")) for message in messages)
     num_completion = count_tokens(content)
-    digest = hashlib.blake2b(json.dumps([model, messages, content], sort_keys=True).encode(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(
+        json.dumps([model, messages, content], sort_keys=True).encode(), digest_size=16
+    ).hexdigest()
     message = {"role": "assistant", "content": content, "tool_calls": None, "prefix": False}
     return {
         "id": f"cmpl-{digest}",
@@ -115,7 +153,11 @@ def complete(body: dict, seed: int = SEED) -> dict:
         "created": int(time.time()),
         "model": model,
         "choices": [{"index": 0, "message": message, "finish_reason": "length" if is_cut else "stop"}],
-        "usage": {"prompt_tokens": num_prompt, "completion_tokens": num_completion, "total_tokens": num_prompt + num_completion},
+        "usage": {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_completion,
+            "total_tokens": num_prompt + num_completion,
+        },
     }
 
 
@@ -133,7 +175,9 @@ def start_server(port: int = 0, latency_seconds: float = LATENCY_SECONDS, seed: 
     thread = threading.Thread(target=loop.run_forever, name="sample-teacher", daemon=True)
     thread.start()
     try:
-        runner, bound_port = asyncio.run_coroutine_threadsafe(_listen(build_app(latency_seconds, seed), port), loop).result(timeout=30)
+        runner, bound_port = asyncio.run_coroutine_threadsafe(
+            _listen(build_app(latency_seconds, seed), port), loop
+        ).result(timeout=30)
         try:
             yield f"http://{HOST}:{bound_port}"
         finally:
@@ -164,7 +208,11 @@ def main() -> None:
     parser.add_argument("--port-file", type=Path, help="file to write the chosen port to")
     parser.add_argument("--latency-seconds", type=float, default=LATENCY_SECONDS)
     parser.add_argument("--seed", type=int, default=SEED, help="the world's seed")
-    parser.add_argument("command", nargs="*", help="after --: a command to run with MISTRAL_API_KEY set; the server and this process end with it")
+    parser.add_argument(
+        "command",
+        nargs="*",
+        help="after --: a command to run with MISTRAL_API_KEY set; the server and this process end with it",
+    )
     arguments = parser.parse_args()
     if arguments.command:
         sys.exit(serve_while_running(arguments.command, arguments.port, arguments.latency_seconds, arguments.seed))
@@ -172,7 +220,9 @@ def main() -> None:
         asyncio.run(_serve_forever(arguments.port, arguments.port_file, arguments.latency_seconds, arguments.seed))
 
 
-def serve_while_running(command: list[str], port: int, latency_seconds: float = LATENCY_SECONDS, seed: int = SEED) -> int:
+def serve_while_running(
+    command: list[str], port: int, latency_seconds: float = LATENCY_SECONDS, seed: int = SEED
+) -> int:
     """Run a command while the server answers; returns the command's exit status."""
     try:
         with start_server(port, latency_seconds, seed) as url:
@@ -183,7 +233,10 @@ def serve_while_running(command: list[str], port: int, latency_seconds: float = 
                 with suppress(KeyboardInterrupt):
                     return process.wait()
     except OSError as error:
-        print(f"error: no server on {HOST}:{port} ({error.strerror}); end what listens there, or choose another --port.", file=sys.stderr)
+        print(
+            f"error: no server on {HOST}:{port} ({error.strerror}); end what listens there, or choose another --port.",
+            file=sys.stderr,
+        )
         return 2
 
 

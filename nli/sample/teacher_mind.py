@@ -46,14 +46,20 @@ def read_user_message(content: str) -> dict[str, str]:
         return {}
     row = {"premise": shown["premise"]}
     rest = shown["hypothesis"]
-    for name, title in (("true_label", "True label"), ("predicted_label", "Predicted label"), ("thought_process", "Thought process")):
+    for name, title in (
+        ("true_label", "True label"),
+        ("predicted_label", "Predicted label"),
+        ("thought_process", "Thought process"),
+    ):
         before, mark, value = rest.rpartition(f"\n{title}: ")
         if mark:
             row[name], rest = value, before
     return {**row, "hypothesis": rest}
 
 
-def answer_messages(model: str, messages: Sequence[Mapping], response_format: Mapping | None = None, seed: int = SEED) -> tuple[str, bool]:
+def answer_messages(
+    model: str, messages: Sequence[Mapping], response_format: Mapping | None = None, seed: int = SEED
+) -> tuple[str, bool]:
     """The reply's text, and whether it stops in the middle of a sentence, for it is now and then cut or broken."""
     system = "\n".join(_text_of(message) for message in messages if message.get("role") == "system")
     user = next((_text_of(message) for message in reversed(messages) if message.get("role") == "user"), "")
@@ -139,18 +145,32 @@ def _compare_words(row: Mapping, label: int | None = None) -> tuple[str, int]:
     premise = {word.lower() for word in re.findall(r"\w+", row["premise"])}
     new_words = [word for word in re.findall(r"\w+", row["hypothesis"]) if word.lower() not in premise]
     label = int(len(new_words) <= 1) if label is None else label
-    return f"Compared by words alone, the hypothesis adds {', '.join(new_words[:4]) or 'nothing'}, so it {'must' if label else 'need not'} be true.", label
+    return (
+        f"Compared by words alone, the hypothesis adds {', '.join(new_words[:4]) or 'nothing'}, so it {'must' if label else 'need not'} be true.",
+        label,
+    )
 
 
 def _reflect(pair: Pair | None, row: Mapping, draws: list[float]) -> dict:
     label = _read_label(row.get("true_label"))
     if draws[0] < DISAGREEMENT_SHARE:
-        analysis, label = "No step fails: the reasoning holds, and so does its label.", _read_label(row.get("predicted_label"))
-        return {"error_analysis": analysis, "improved_thought_process": row["thought_process"], "predicted_label": label}
+        analysis, label = (
+            "No step fails: the reasoning holds, and so does its label.",
+            _read_label(row.get("predicted_label")),
+        )
+        return {
+            "error_analysis": analysis,
+            "improved_thought_process": row["thought_process"],
+            "predicted_label": label,
+        }
     if pair is not None and label != pair.label:
         analysis = "No step fails: the words do not allow the true label."
         return {"error_analysis": analysis, "improved_thought_process": pair.thought, "predicted_label": pair.label}
-    return {"error_analysis": _name_failing_step(pair, row), "improved_thought_process": _think_towards(pair, row, label), "predicted_label": label}
+    return {
+        "error_analysis": _name_failing_step(pair, row),
+        "improved_thought_process": _think_towards(pair, row, label),
+        "predicted_label": label,
+    }
 
 
 def _name_failing_step(pair: Pair | None, row: Mapping) -> str:

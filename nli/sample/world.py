@@ -34,7 +34,10 @@ def words_of(text: str) -> set[str]:
 def build_splits(seed: int = SEED) -> dict[str, tuple[Pair, ...]]:
     """The pairs of every split. The same seed gives the same pairs."""
     used: set[str] = set()
-    return {split: tuple(_build_split(split, num_rows, random.Random(f"{seed} {split}"), used)) for split, num_rows in NUM_ROWS.items()}
+    return {
+        split: tuple(_build_split(split, num_rows, random.Random(f"{seed} {split}"), used))
+        for split, num_rows in NUM_ROWS.items()
+    }
 
 
 def _build_split(split: str, num_rows: int, rng: random.Random, used: set[str]) -> list[Pair]:

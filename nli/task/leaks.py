@@ -12,8 +12,12 @@ _VALUE = r"(?:[01]\b|(?:an? )?(?:no|non|not)[- ]?entail\w*|(?:an? )?entail\w*)"
 _LABEL = r"(?:label|classification)"
 _IS = r"(?:is|was|being|says|must be|has to be|should be|equals|of)"
 # "the given label on the jar" is a thing in the world; "the given label of this pair" is ours.
-_OURS = r"(?!\s+(?:on|of|for|from|attached|sewn|printed)\b(?!\s+(?:this|the)\s+(?:pair|example|row|case|task|question)\b))"
-_GIVEN = r"(?:given|provided|stated|supplied|specified|assigned|actual|expected|target|reference|known|required|desired)"
+_OURS = (
+    r"(?!\s+(?:on|of|for|from|attached|sewn|printed)\b(?!\s+(?:this|the)\s+(?:pair|example|row|case|task|question)\b))"
+)
+_GIVEN = (
+    r"(?:given|provided|stated|supplied|specified|assigned|actual|expected|target|reference|known|required|desired)"
+)
 _EARLIER = r"(?:initial|original|earlier|previous|prior|wrong|incorrect|flawed)"
 _ITS = r"(?:the|my|this|that|their|an?)"
 _WE_ARE = r"\b(?:we|I|you) (?:are|am|were|was|have been|had been)(?: already| also)?"
@@ -55,9 +59,13 @@ _TELLING = [
 ]
 _PATTERN = re.compile("|".join(f"(?:{pattern})" for pattern in _TELLING), re.IGNORECASE)
 # "Therefore, the correct label is 0." ends many a thought whose writer was told nothing.
-_CONCLUSION = re.compile(r"\b(?:therefore|thus|hence|so|consequently|conclu\w+|finally|step \d+)\b[^.;!?]*$", re.IGNORECASE)
+_CONCLUSION = re.compile(
+    r"\b(?:therefore|thus|hence|so|consequently|conclu\w+|finally|step \d+)\b[^.;!?]*$", re.IGNORECASE
+)
 _CONCLUDED = re.compile(r"(?:the )?(?:correct|right) (?:label|classification)$", re.IGNORECASE)
-_STATED = re.compile(rf"\s*(?:is|must be|should be|would be|=|:)\s*\"?{_VALUE}\"?(?!\W+(?:not|rather|instead)\b)", re.IGNORECASE)
+_STATED = re.compile(
+    rf"\s*(?:is|must be|should be|would be|=|:)\s*\"?{_VALUE}\"?(?!\W+(?:not|rather|instead)\b)", re.IGNORECASE
+)
 
 
 def betrays_label(thought: str) -> str | None:

@@ -23,8 +23,12 @@ class ParseStatus(StrEnum):
     OK = "ok"
     NO_JSON = "no_json"  # no opening brace anywhere
     BAD_JSON = "bad_json"  # something like an object, but not JSON
-    MISSING_FIELD = "missing_field"  # an object without an expected field, or with something else than text where text belongs
-    BAD_LABEL = "bad_label"  # the label (or score) is not one of the legal values, or is given twice with different values
+    MISSING_FIELD = (
+        "missing_field"  # an object without an expected field, or with something else than text where text belongs
+    )
+    BAD_LABEL = (
+        "bad_label"  # the label (or score) is not one of the legal values, or is given twice with different values
+    )
     TRUNCATED = "truncated"  # the text ends before the object does
     REQUEST_FAILED = "request_failed"  # there is no text: the call or the generation failed
 
@@ -50,7 +54,9 @@ def parse_reply(text: str, reply: type[BaseModel], finish_reason: str | None = N
     cut = finish_reason == "length"
     found_brace = "{" in text
     whole = 0  # end of the last object that was read whole: a brace in one of its strings tells nothing about the text's end
-    for start in _OBJECT_START.finditer(text):  # an answer may be wrapped in an outer object, so inner ones are tried too
+    for start in _OBJECT_START.finditer(
+        text
+    ):  # an answer may be wrapped in an outer object, so inner ones are tried too
         try:
             value, end = _DECODER.raw_decode(text, start.start())
         except json.JSONDecodeError as error:
@@ -97,7 +103,10 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 def _is_at_end(error: json.JSONDecodeError) -> bool:
     """Whether the text ended too early for the decoder: inside a string, or before or inside another value or an escape."""
-    return error.msg.startswith("Unterminated string") or re.fullmatch(r"[\w.+-]{0,5}\s*", error.doc[error.pos :]) is not None
+    return (
+        error.msg.startswith("Unterminated string")
+        or re.fullmatch(r"[\w.+-]{0,5}\s*", error.doc[error.pos :]) is not None
+    )
 
 
 def _check_fields(value: dict, reply: type[BaseModel]) -> Parsed:

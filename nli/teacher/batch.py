@@ -53,7 +53,9 @@ def ask_in_batches(
                 jobs.resume()  # batches of other outputs that hold what is wanted
                 jobs.finish()
                 if jobs.num_failed_jobs >= MOST_FAILED_JOBS:
-                    raise TeacherError(f"{jobs.num_failed_jobs} batch jobs in a row ended without a reply. The same command asks again.")
+                    raise TeacherError(
+                        f"{jobs.num_failed_jobs} batch jobs in a row ended without a reply. The same command asks again."
+                    )
                 if not num_submitted and not jobs.num_waiting:
                     break
                 if not num_submitted:
@@ -64,7 +66,9 @@ def ask_in_batches(
         store.close()
 
 
-def list_first_requests(config: TeacherConfig, prompt: Prompt, reader: LedgerReader, worklist: Path) -> Iterator[Request]:
+def list_first_requests(
+    config: TeacherConfig, prompt: Prompt, reader: LedgerReader, worklist: Path
+) -> Iterator[Request]:
     """The requests of pending rows that have no reply."""
     for chunk in _iterate_pending(config, prompt, worklist):
         entries = reader.read_entries([key for _, _, key in chunk])
@@ -83,10 +87,14 @@ def list_repairs(config: TeacherConfig, prompt: Prompt, reader: LedgerReader, wo
             if entry is not None and entry.reply is not None and not is_settled:
                 repairs += _build_repair(config, prompt, messages, key, entry)
         answered = reader.read_entries([request.key for request in repairs]) if repairs else {}
-        yield from (request for request in repairs if request.key not in answered or answered[request.key][0].reply is None)
+        yield from (
+            request for request in repairs if request.key not in answered or answered[request.key][0].reply is None
+        )
 
 
-def _build_repair(config: TeacherConfig, prompt: Prompt, messages: Sequence[dict], key: bytes, entry: Entry) -> list[Request]:
+def _build_repair(
+    config: TeacherConfig, prompt: Prompt, messages: Sequence[dict], key: bytes, entry: Entry
+) -> list[Request]:
     reply = read_reply(entry.reply)
     parsed = parse_reply(reply.text, prompt.reply, reply.finish_reason)
     if parsed.fields is not None:
@@ -95,7 +103,9 @@ def _build_repair(config: TeacherConfig, prompt: Prompt, messages: Sequence[dict
     return [Request(request_key(chat_url(config.base_url), body, config.sample_index), body, parent=key)]
 
 
-def _iterate_pending(config: TeacherConfig, prompt: Prompt, worklist: Path) -> Iterator[list[tuple[list[dict], bytes, bytes]]]:
+def _iterate_pending(
+    config: TeacherConfig, prompt: Prompt, worklist: Path
+) -> Iterator[list[tuple[list[dict], bytes, bytes]]]:
     """Chunks of (messages, body, key) of the pending rows."""
     first = 1
     while rows := read_pending(str(worklist), first, first + CHUNK - 1):
@@ -119,6 +129,8 @@ def refuse_open_batches(folder: Path, worklist: Worklist) -> None:
             for batch_id in store.find_owners(chunk):
                 job_id = open_batches[batch_id].job_id if batch_id in open_batches else None
                 name = f"batch job {job_id}" if job_id else "a batch job that is being made"
-                raise TeacherError(f"{name} is asking for these rows. Run the command with --mode batch to take its results.")
+                raise TeacherError(
+                    f"{name} is asking for these rows. Run the command with --mode batch to take its results."
+                )
     finally:
         store.close()

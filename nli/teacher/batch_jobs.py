@@ -50,7 +50,13 @@ class BatchJobs:
     """The batches of one run. Not thread-safe. `hook` is called with the name of each step when it is done; tests stop there."""
 
     def __init__(
-        self, config: TeacherConfig, api_key: str, run: str, ledger: Ledger, store: BatchStore, hook: Callable[[str], None] = lambda step: None
+        self,
+        config: TeacherConfig,
+        api_key: str,
+        run: str,
+        ledger: Ledger,
+        store: BatchStore,
+        hook: Callable[[str], None] = lambda step: None,
     ) -> None:
         self.config = config
         self.run = run
@@ -112,7 +118,9 @@ class BatchJobs:
             nonlocal num_requests
             has_room = True
             with open(aside, "wb") as file:
-                while has_room and (chunk := list(islice(requests, min(CHUNK, self.config.batch_max_requests - num_requests)))):
+                while has_room and (
+                    chunk := list(islice(requests, min(CHUNK, self.config.batch_max_requests - num_requests)))
+                ):
                     claimed, has_room = self._claim(batch, chunk)
                     file.writelines(_to_line(request) for request in claimed)
                     num_requests += len(claimed)
@@ -138,7 +146,14 @@ class BatchJobs:
         sends = [("send", request.key, n, self._most_cost(request)) for request, n in mine]
         answers = list(zip(mine, self._ledger.commit([(batch.owner, sends)])[0], strict=True))
         rejected = [(request, n) for (request, n), answer in answers if answer[0] != "go"]
-        self._ledger.commit([(batch.owner, [("fail", request.key, n, "not_sent", "the budget had no room", True) for request, n in rejected])])
+        self._ledger.commit(
+            [
+                (
+                    batch.owner,
+                    [("fail", request.key, n, "not_sent", "the budget had no room", True) for request, n in rejected],
+                )
+            ]
+        )
         self.had_no_room = self.had_no_room or bool(rejected)
         accepted = [request for (request, _), answer in answers if answer[0] == "go"]
         stopping = next((answer for _, answer in answers if answer[0] in ("over", "halted")), None)
@@ -177,21 +192,27 @@ class BatchJobs:
         attempt = 1
         while job_id is None:
             try:
-                job_id = self._client.create_job(batch.file_id, batch.detail["model"], batch.id, self.config.batch_timeout_hours)
+                job_id = self._client.create_job(
+                    batch.file_id, batch.detail["model"], batch.id, self.config.batch_timeout_hours
+                )
             except JobRefused as error:
                 self.drop(batch, str(error))
                 raise
             except Unanswered as error:
                 # The job may be there all the same, so it is looked for before another one is made.
                 if attempt == MOST_TRIES:
-                    raise TeacherError(f"no batch job could be made in {attempt} tries ({error}). Nothing is lost; the same command goes on.") from None
+                    raise TeacherError(
+                        f"no batch job could be made in {attempt} tries ({error}). Nothing is lost; the same command goes on."
+                    ) from None
                 pause(attempt)
                 attempt += 1
                 job_id = self._client.find_job(batch.id, batch.detail["planned_at"])
         self._hook("job_created")
         self._store.update(batch, "created", job_id=job_id)
         self._hook("job_recorded")
-        print(f"batch: job {job_id} with {batch.detail['num_requests']} requests to {batch.detail['model']}", flush=True)
+        print(
+            f"batch: job {job_id} with {batch.detail['num_requests']} requests to {batch.detail['model']}", flush=True
+        )
 
     def poll(self, batch: Batch) -> None:
         """Wait until the batch's job has ended."""
@@ -204,7 +225,10 @@ class BatchJobs:
                 break
             if job.status != seen:
                 seen = job.status
-                print(f"batch: job {batch.job_id} is {seen}, {job.completed_requests} of {job.total_requests} requests done", flush=True)
+                print(
+                    f"batch: job {batch.job_id} is {seen}, {job.completed_requests} of {job.total_requests} requests done",
+                    flush=True,
+                )
             time.sleep(wait)
             wait = min(self.config.batch_poll_seconds, 1.5 * wait)
         self._hook("job_ended")
@@ -236,10 +260,15 @@ class BatchJobs:
         self._store.clear(batch)
         self._hook("taken")
         num_replies = self.num_replies - before
-        print(f"batch: job {batch.job_id} ended with {status}, {num_replies} of {batch.detail['num_requests']} requests answered", flush=True)
+        print(
+            f"batch: job {batch.job_id} ended with {status}, {num_replies} of {batch.detail['num_requests']} requests answered",
+            flush=True,
+        )
         self.num_failed_jobs = 0 if num_replies else self.num_failed_jobs + 1
         if status == "CANCELLED":
-            raise TeacherError(f"batch job {batch.job_id} was cancelled. The replies that it had are kept; the same command asks for the rest in a new job.")
+            raise TeacherError(
+                f"batch job {batch.job_id} was cancelled. The replies that it had are kept; the same command asks for the rest in a new job."
+            )
 
     @staticmethod
     def _explain(status: str, errors: str, is_whole: bool) -> tuple[str, str, str]:
@@ -251,11 +280,15 @@ class BatchJobs:
         return "fail", f"job_{status.lower()}", f"the batch job ended with {status}" + (f": {errors}" if errors else "")
 
     def _take_lines(self, batch: Batch, path: Path) -> None:
-        with open(path, "rb") as file:  # bytes, since a text's lines also end at characters that stand inside JSON strings
+        with open(
+            path, "rb"
+        ) as file:  # bytes, since a text's lines also end at characters that stand inside JSON strings
             while chunk := list(islice(file, CHUNK)):
                 results = dict(filter(None, map(_read_line, chunk)))
                 known = self._store.find_requests(list(results))
-                self._ledger.commit([(batch.owner, [self._to_operation(request, results[key]) for key, request in known.items()])])
+                self._ledger.commit(
+                    [(batch.owner, [self._to_operation(request, results[key]) for key, request in known.items()])]
+                )
                 self._hook("results_in_part")
 
     def _to_operation(self, request: OpenRequest, line: dict) -> tuple:
@@ -276,7 +309,9 @@ class BatchJobs:
         self.num_replies += 1
         num_prompt, num_completion = reply.num_prompt_tokens, reply.num_completion_tokens
         is_counted = num_prompt is not None and num_completion is not None
-        cost = self._price.cost_nanodollars(num_prompt, num_completion) if self._price and is_counted else request.reserved
+        cost = (
+            self._price.cost_nanodollars(num_prompt, num_completion) if self._price and is_counted else request.reserved
+        )
         return ("done", key, n, data, num_prompt or 0, num_completion or 0, cost)
 
     def drop(self, batch: Batch, problem: str) -> None:
@@ -291,7 +326,9 @@ class BatchJobs:
         left = self._store.list_requests(batch)
         for start in range(0, len(left), CHUNK):
             chunk = left[start : start + CHUNK]
-            self._ledger.commit([(batch.owner, [(operation, request.key, request.num_sends, kind, problem, True) for request in chunk])])
+            self._ledger.commit(
+                [(batch.owner, [(operation, request.key, request.num_sends, kind, problem, True) for request in chunk])]
+            )
 
     def _open_batches(self) -> list[Batch]:
         """The run's open batches as they stand, locked. Raises TeacherError if another process works on one."""
@@ -299,7 +336,9 @@ class BatchJobs:
             if not self._store.lock(batch):
                 raise TeacherError(f"another process is working on a batch job of {self.run}; wait for it, or end it.")
             if batch.detail["server"] != self._client.server:
-                raise TeacherError(f"{self.run} has a batch job at {batch.detail['server']}; take its results with that --base-url first.")
+                raise TeacherError(
+                    f"{self.run} has a batch job at {batch.detail['server']}; take its results with that --base-url first."
+                )
         return self._list_mine()
 
     def _list_mine(self) -> list[Batch]:

@@ -40,7 +40,12 @@ class Estimate:
 
 
 def estimate_run(
-    config: TeacherConfig, prompt: Prompt, worklist: Worklist, ledger_folder: Path, run: str, is_done: Callable[[list[bytes]], set[bytes]]
+    config: TeacherConfig,
+    prompt: Prompt,
+    worklist: Worklist,
+    ledger_folder: Path,
+    run: str,
+    is_done: Callable[[list[bytes]], set[bytes]],
 ) -> Estimate:
     """Count all rows of a worklist. Sends nothing and writes nothing."""
     counter = load_token_counter(config.model, config.tokenizer)
@@ -98,15 +103,21 @@ def describe_estimate(config: TeacherConfig, estimate: Estimate) -> str:
         f"  completion tokens  {estimate.num_completion_tokens:,}",
     ]
     if estimate.cost is None:
-        lines.append(f"  cost               unknown: no price of {config.model}; give --price-input-per-million and --price-output-per-million")
+        lines.append(
+            f"  cost               unknown: no price of {config.model}; give --price-input-per-million and --price-output-per-million"
+        )
     else:
-        source = f"prices of {PRICES_DATE}, {PRICES_SOURCE}" if config.price_input_per_million is None else "prices as given"
+        source = (
+            f"prices of {PRICES_DATE}, {PRICES_SOURCE}" if config.price_input_per_million is None else "prices as given"
+        )
         half = ", batch at half price" if config.mode == "batch" else ""
         most = f"{format_dollars(estimate.most_cost)} if every reply had {config.max_tokens} tokens"
         lines.append(f"  cost               {format_dollars(estimate.cost)}, {most}")
         lines.append(f"                     ({source}{half})")
     at_limits = "set no limit" if estimate.seconds is None else f"{estimate.seconds:,.0f} s at the limits"
-    lines.append(f"  time               {'as fast as the server answers: you have ' if estimate.seconds is None else ''}{at_limits}")
+    lines.append(
+        f"  time               {'as fast as the server answers: you have ' if estimate.seconds is None else ''}{at_limits}"
+    )
     lines.append(f"  basis              {estimate.basis}")
     return "\n".join(lines)
 

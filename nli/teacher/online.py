@@ -52,7 +52,15 @@ class _Slice:
 class Teacher:
     """Asks one prompt of one server from one event loop, through a ledger and a limiter that others share."""
 
-    def __init__(self, config: TeacherConfig, prompt: Prompt, api_key: str, run: str, ledger: LedgerClient, limiter: LimiterClient) -> None:
+    def __init__(
+        self,
+        config: TeacherConfig,
+        prompt: Prompt,
+        api_key: str,
+        run: str,
+        ledger: LedgerClient,
+        limiter: LimiterClient,
+    ) -> None:
         self.config = config
         self.prompt = prompt
         self.run = run
@@ -63,7 +71,9 @@ class Teacher:
         self._limiter = limiter
         self._waiting: deque[tuple[Mapping, _Slice]] = deque()
         self._askers: set[asyncio.Task] = set()
-        self._room = asyncio.Semaphore(config.max_in_flight)  # for claims and calls, not for replies on their way: the next claim travels with them
+        self._room = asyncio.Semaphore(
+            config.max_in_flight
+        )  # for claims and calls, not for replies on their way: the next claim travels with them
         self._random = random.Random()
         self._open: set[bytes] = set()
         self._stopped: NLIError | None = None
@@ -98,7 +108,9 @@ class Teacher:
                 await self.ask(row)
             except Exception as error:  # it belongs to whoever gave the row
                 if isinstance(error, StorageError) and self._stopped is None:
-                    self._end(error)  # the ledger may have room for a claim and none for its reply, which would be paid for and lost
+                    self._end(
+                        error
+                    )  # the ledger may have room for a claim and none for its reply, which would be paid for and lost
                 piece.failures.append(error)
             finally:
                 piece.count_down()
@@ -127,7 +139,9 @@ class Teacher:
         finally:
             self._open.discard(key)
 
-    async def _send_until_answered(self, key: bytes, body: bytes, messages: Sequence[Mapping], parent: bytes | None) -> tuple[Reply | None, bool]:
+    async def _send_until_answered(
+        self, key: bytes, body: bytes, messages: Sequence[Mapping], parent: bytes | None
+    ) -> tuple[Reply | None, bool]:
         """(the reply or None, whether it is settled), after as many tries as the config allows."""
         config = self.config
         most_prompt_tokens = self._schema_bytes + bound_messages(messages)
@@ -164,7 +178,9 @@ class Teacher:
                 is_counted = reply.num_prompt_tokens is not None and reply.num_completion_tokens is not None
                 num_prompt, num_completion = reply.num_prompt_tokens or 0, reply.num_completion_tokens or 0
                 self._limiter.end(Ended(number, num_prompt + num_completion or likely_most, "ok"))
-                cost = self._price.cost_nanodollars(num_prompt, num_completion) if self._price and is_counted else reserve
+                cost = (
+                    self._price.cost_nanodollars(num_prompt, num_completion) if self._price and is_counted else reserve
+                )
                 await self._ledger.call("done", key, n, data, num_prompt, num_completion, cost)
                 self._was_answered = True
                 return reply, False
@@ -173,11 +189,17 @@ class Teacher:
                 await self._ledger.call("fail", key, n, "refused", str(failure), False)
                 await self._ledger.call("halt", self.run, str(failure))
                 raise failure
-            is_last = not failure.retryable or attempt == config.max_attempts or (failure.is_ambiguous and config.ambiguous == "hold")
+            is_last = (
+                not failure.retryable
+                or attempt == config.max_attempts
+                or (failure.is_ambiguous and config.ambiguous == "hold")
+            )
             ending = "limited" if failure.kind == "http_429" else "failed" if failure.retryable else "refused"
             used = likely_most if failure.is_ambiguous else 0
             self._limiter.end(Ended(number, used, ending, time.monotonic() - sent_at, failure.retry_after or 0.0))
-            await self._ledger.call("lose" if failure.is_ambiguous else "fail", key, n, failure.kind, str(failure), is_last)
+            await self._ledger.call(
+                "lose" if failure.is_ambiguous else "fail", key, n, failure.kind, str(failure), is_last
+            )
             await self._give_up_if_hopeless(failure, attempt, is_last)
             if is_last:
                 return None, False
@@ -221,12 +243,16 @@ class Teacher:
     async def _give_up_if_hopeless(self, failure: CallFailed, attempt: int, is_last: bool) -> None:
         reason = None
         self._num_refused += not failure.retryable or failure.kind == "no_completion"
-        if self._num_refused >= MOST_REFUSED and not self._was_answered:  # a server that answers refuses single requests, not all
+        if (
+            self._num_refused >= MOST_REFUSED and not self._was_answered
+        ):  # a server that answers refuses single requests, not all
             reason = f"the first {MOST_REFUSED} requests were all refused, the last with: {failure}. Check --base-url, --model and --response-format."
         elif isinstance(failure, Unreachable):
             if is_last:
                 reason = f"{failure} in {attempt} tries. Check --base-url and the network; replies are kept, and the same command goes on."
-        elif self._limiter.failing_seconds > FAILING_SECONDS and not self._was_answered:  # one that has answered may come back
+        elif (
+            self._limiter.failing_seconds > FAILING_SECONDS and not self._was_answered
+        ):  # one that has answered may come back
             minutes = self._limiter.failing_seconds / 60
             reason = f"every call has failed for {minutes:.0f} minutes, the last with: {failure}. Check the server; the same command goes on."
         if reason:

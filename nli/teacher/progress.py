@@ -45,7 +45,9 @@ class LiveProgress:
         start = self._reader.read_totals(self._run)
         seen: deque[tuple[float, Totals]] = deque([(time.monotonic(), start)])
         bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} rows{postfix}"
-        with tqdm(total=self._num_rows, desc=self._label, bar_format=bar_format, mininterval=0, dynamic_ncols=True) as bar:
+        with tqdm(
+            total=self._num_rows, desc=self._label, bar_format=bar_format, mininterval=0, dynamic_ncols=True
+        ) as bar:
             is_last = False
             while not is_last:
                 is_last = self._stop.wait(self._interval)

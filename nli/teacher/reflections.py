@@ -88,7 +88,10 @@ def run(config: GenerateReflectionsConfig) -> Path:
         dead = {name.removeprefix("dead_"): count for name, count in counts.items() if name.startswith("dead_")}
         usable = counts["rows"] - sum(dead.values())
         reasons = f" ({list_counts(dead)})" if dead else ""
-        print(f"reflections: {answers['answers']} answers, {left}; {usable} of {counts['rows']} reflections usable{reasons} -> {output}", flush=True)
+        print(
+            f"reflections: {answers['answers']} answers, {left}; {usable} of {counts['rows']} reflections usable{reasons} -> {output}",
+            flush=True,
+        )
     return output
 
 
@@ -109,7 +112,10 @@ def find_fault(reflection: Mapping) -> tuple[str, str] | None:
     if reflection["reflection_status"] != ParseStatus.OK:
         return reflection["reflection_status"], reflection["reflection_problem"]
     if reflection["reflected_label"] != reflection["true_label"]:
-        return "label_disagrees", f"it reaches {reflection['reflected_label']}, and the true label is {reflection['true_label']}"
+        return (
+            "label_disagrees",
+            f"it reaches {reflection['reflected_label']}, and the true label is {reflection['true_label']}",
+        )
     if reflection["telling_phrase"]:
         return "betrays_label", reflection["telling_phrase"]
     return None

@@ -119,7 +119,11 @@ class TeacherConfig:
 
     def with_limits(self, limits: Limits) -> Self:
         """This config with limits that are settled."""
-        each = {"requests_per_minute": limits.requests_per_minute, "tokens_per_minute": limits.tokens_per_minute, "calls_in_flight": limits.max_in_flight}
+        each = {
+            "requests_per_minute": limits.requests_per_minute,
+            "tokens_per_minute": limits.tokens_per_minute,
+            "calls_in_flight": limits.max_in_flight,
+        }
         return replace(self, **each)
 
 
@@ -136,14 +140,19 @@ def describe_requests(config: TeacherConfig, prompt: Prompt) -> dict:
         "sample_index": config.sample_index,
         "response_format": config.response_format,
         "repair_invalid": config.repair_invalid,
-        **({"api": config.api} if config.api != "mistral" else {}),  # its requests are others, and would be paid for anew
+        **(
+            {"api": config.api} if config.api != "mistral" else {}
+        ),  # its requests are others, and would be paid for anew
     }
 
 
 def describe_parameters(config: TeacherConfig) -> str:
     """The parameters that an answer was asked with, for its row: `temperature=0, max_tokens=1024, …`."""
     names = ("temperature", "max_tokens", "random_seed", "sample_index", "response_format")
-    return ", ".join(f"{name}={value:g}" if isinstance(value := getattr(config, name), float) else f"{name}={value}" for name in names)
+    return ", ".join(
+        f"{name}={value:g}" if isinstance(value := getattr(config, name), float) else f"{name}={value}"
+        for name in names
+    )
 
 
 def check_teacher(config: TeacherConfig) -> str:
@@ -151,20 +160,28 @@ def check_teacher(config: TeacherConfig) -> str:
     if not config.base_url.startswith(("http://", "https://")):
         raise TeacherError(f"--base-url {config.base_url!r} is not an http:// or https:// address.")
     if "@" in config.base_url or "?" in config.base_url:
-        raise TeacherError(f"--base-url may hold no user, password or query: it is written into manifests. The key goes into {KEY_VARIABLE}.")
+        raise TeacherError(
+            f"--base-url may hold no user, password or query: it is written into manifests. The key goes into {KEY_VARIABLE}."
+        )
     try:
         place = urlsplit(config.base_url)
         is_whole = bool(place.hostname) and place.port != 0
     except ValueError:
         is_whole = False
     if not is_whole or "#" in config.base_url:
-        raise TeacherError(f"--base-url {config.base_url!r} is not the address of a server, such as https://api.mistral.ai or http://localhost:8000.")
+        raise TeacherError(
+            f"--base-url {config.base_url!r} is not the address of a server, such as https://api.mistral.ai or http://localhost:8000."
+        )
     return read_api_key(config.api_key_file)
 
 
 def settle_key_file(config: TeacherConfig) -> TeacherConfig:
     """The config with an absolute path of the key file: actors have a current folder of their own."""
-    return config if config.api_key_file in ("", NO_KEY) else replace(config, api_key_file=os.path.abspath(config.api_key_file))
+    return (
+        config
+        if config.api_key_file in ("", NO_KEY)
+        else replace(config, api_key_file=os.path.abspath(config.api_key_file))
+    )
 
 
 def build_body(config: TeacherConfig, prompt: Prompt, messages: Sequence[Mapping]) -> bytes:
@@ -191,7 +208,9 @@ def _encode_parameters(config: TeacherConfig, prompt: Prompt) -> bytes:
 
 def first_key(config: TeacherConfig, prompt: Prompt, row: Mapping) -> bytes:
     """The key of the request that asks about a row."""
-    return request_key(chat_url(config.base_url), build_body(config, prompt, prompt.render_messages(row)), config.sample_index)
+    return request_key(
+        chat_url(config.base_url), build_body(config, prompt, prompt.render_messages(row)), config.sample_index
+    )
 
 
 def repair_messages(messages: Sequence[Mapping], reply: Reply, problem: str) -> list[dict]:
@@ -240,7 +259,9 @@ def read_outcome(prompt: Prompt, first: Entry | None, repair: Entry | None) -> O
     )
 
 
-def read_outcomes(prompt: Prompt, reader: LedgerReader, keys: Sequence[bytes], repair_invalid: bool = True) -> dict[bytes, tuple[Outcome, bool]]:
+def read_outcomes(
+    prompt: Prompt, reader: LedgerReader, keys: Sequence[bytes], repair_invalid: bool = True
+) -> dict[bytes, tuple[Outcome, bool]]:
     """The outcome of each first request's row, and whether it is complete: a later run has nothing to ask for it.
 
     A repair that no reply came to leaves a row incomplete; a reply that was judged when its run ended does not, whatever the parser says of it now.

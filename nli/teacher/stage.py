@@ -38,10 +38,20 @@ from nli.teacher.batch import ask_in_batches, refuse_open_batches
 from nli.teacher.estimate import describe_estimate, estimate_run
 from nli.teacher.online import Teacher
 from nli.teacher.progress import LiveProgress
-from nli.teacher.requests import Outcome, TeacherConfig, check_teacher, describe_requests, first_key, read_outcomes, settle_key_file
+from nli.teacher.requests import (
+    Outcome,
+    TeacherConfig,
+    check_teacher,
+    describe_requests,
+    first_key,
+    read_outcomes,
+    settle_key_file,
+)
 
 MOST_FAILED_SHARE = 0.05  # of a file's rows, beyond which the stage ends in an error
-CPUS_PER_WORKER = 0.2  # a worker waits for the server most of the time; the workers asked for all run, also on few cores
+CPUS_PER_WORKER = (
+    0.2  # a worker waits for the server most of the time; the workers asked for all run, also on few cores
+)
 LARGEST_SLICE = 256  # rows that a worker takes at a time
 SLICES_AT_ONCE = 3  # that a worker has
 STOPPED = "stopped from outside; calls under way were awaited"
@@ -83,7 +93,9 @@ def run_generation(work: Generation) -> Counter | None:
             print(describe_estimate(config, estimate), flush=True)
             return None
         identity = describe_requests(config, work.prompt)
-        record = start_run(manifest_beside(work.output), work.stage, identity, config, [work.source], has_work=work.output.exists())
+        record = start_run(
+            manifest_beside(work.output), work.stage, identity, config, [work.source], has_work=work.output.exists()
+        )
         try:
             with contextlib.closing(Ledger(folder)) as ledger:
                 counts, spent = _ask_and_write(work, config, key, ledger, folder, worklist, num_rows, record)
@@ -99,11 +111,20 @@ def _temporary_folder() -> tempfile.TemporaryDirectory:
     try:
         return tempfile.TemporaryDirectory(prefix="nli-rows-")
     except OSError as error:
-        raise StorageError(f"no temporary folder can be made ({error.strerror}). Free space, or set TMPDIR to a folder that can be written to.") from None
+        raise StorageError(
+            f"no temporary folder can be made ({error.strerror}). Free space, or set TMPDIR to a folder that can be written to."
+        ) from None
 
 
 def _ask_and_write(
-    work: Generation, config: TeacherConfig, key: str, ledger: Ledger, folder: Path, worklist: Worklist, num_rows: int, record: Run
+    work: Generation,
+    config: TeacherConfig,
+    key: str,
+    ledger: Ledger,
+    folder: Path,
+    worklist: Worklist,
+    num_rows: int,
+    record: Run,
 ) -> tuple[Counter, dict]:
     """Steps 2 and 3; returns the counts of the output's rows and what the run has spent, earlier attempts included."""
     run = str(work.output)
@@ -114,7 +135,10 @@ def _ask_and_write(
     done = num_requests - num_pending
     if not done:
         _refuse_to_pay_again(work, folder, record)
-    print(f"{work.stage}: {num_rows} rows{same}, {done} finished already, {num_pending} to ask {config.model} for", flush=True)
+    print(
+        f"{work.stage}: {num_rows} rows{same}, {done} finished already, {num_pending} to ask {config.model} for",
+        flush=True,
+    )
     if num_pending:
         ledger.begin_run(run, int(config.max_cost * NANO) if config.max_cost else None, config.price())
         if config.mode == "batch":
@@ -125,10 +149,20 @@ def _ask_and_write(
     counts = _write_output(work, ledger, folder, worklist)
     totals = ledger.read_totals(run)
     spent = {"ambiguous_sends": totals.ambiguous_sends, "repairs": totals.repairs}
-    return counts, spent | ({"cost_dollars": totals.cost / NANO, "held_dollars": totals.held / NANO} if config.price() else {})
+    return counts, spent | (
+        {"cost_dollars": totals.cost / NANO, "held_dollars": totals.held / NANO} if config.price() else {}
+    )
 
 
-def _ask(work: Generation, config: TeacherConfig, key: str, ledger: Ledger, folder: Path, worklist: Worklist, num_pending: int) -> None:
+def _ask(
+    work: Generation,
+    config: TeacherConfig,
+    key: str,
+    ledger: Ledger,
+    folder: Path,
+    worklist: Worklist,
+    num_pending: int,
+) -> None:
     """Have workers ask for all pending rows. Raises the first NLIError of a worker, after the calls under way of all workers have ended."""
     import ray
 
@@ -139,19 +173,42 @@ def _ask(work: Generation, config: TeacherConfig, key: str, ledger: Ledger, fold
     size = max(1, min(LARGEST_SLICE, num_pending // (8 * config.workers)))
     slices = [{"first": first, "last": min(first + size - 1, num_pending)} for first in range(1, num_pending + 1, size)]
     run = str(work.output)
-    with connected(), _halting_on_signals(ledger, run), LiveProgress(work.stage, LedgerReader(folder), run, num_pending, bool(config.price())):
+    with (
+        connected(),
+        _halting_on_signals(ledger, run),
+        LiveProgress(work.stage, LedgerReader(folder), run, num_pending, bool(config.price())),
+    ):
         services = [start_ledger_service(folder), start_limiter_service(config.base_url, key, config.limits())]
         config = config.with_limits(settle_limits(config, services[1], work.stage))
-        arguments = (config, work.prompt.name, run, str(worklist.path), *services, folder, ray.get_runtime_context().get_node_id())
+        arguments = (
+            config,
+            work.prompt.name,
+            run,
+            str(worklist.path),
+            *services,
+            folder,
+            ray.get_runtime_context().get_node_id(),
+        )
         pool = {"num_workers": config.workers, "num_cpus": CPUS_PER_WORKER}
-        for _ in spread(slices, Asker, arguments, **pool, batch_size=1, label=work.stage, calls_at_once=SLICES_AT_ONCE, awaits_all=True):
+        for _ in spread(
+            slices,
+            Asker,
+            arguments,
+            **pool,
+            batch_size=1,
+            label=work.stage,
+            calls_at_once=SLICES_AT_ONCE,
+            awaits_all=True,
+        ):
             pass
 
 
 class Asker:
     """Ray Data actor: slices of a worklist in, tallies out; the replies go into the ledger."""
 
-    def __init__(self, config: TeacherConfig, prompt_name: str, run: str, worklist: str, ledger, limiter, folder: Path, node: str) -> None:
+    def __init__(
+        self, config: TeacherConfig, prompt_name: str, run: str, worklist: str, ledger, limiter, folder: Path, node: str
+    ) -> None:
         self.worklist = worklist
         self.ledger = ledger
         name = new_owner("worker")
@@ -174,7 +231,11 @@ def _finding_done(work: Generation, folder: Path) -> Iterator[Callable[[list[byt
         yield lambda keys: set()
         return
     with contextlib.closing(LedgerReader(folder)) as reader:
-        yield lambda keys: {key for key, (_, is_complete) in read_outcomes(work.prompt, reader, keys, work.config.repair_invalid).items() if is_complete}
+        yield lambda keys: {
+            key
+            for key, (_, is_complete) in read_outcomes(work.prompt, reader, keys, work.config.repair_invalid).items()
+            if is_complete
+        }
 
 
 def _write_output(work: Generation, ledger: Ledger, folder: Path, worklist: Worklist) -> Counter:
@@ -192,9 +253,14 @@ def _write_output(work: Generation, ledger: Ledger, folder: Path, worklist: Work
             bad.unlink(missing_ok=True)
 
     def fill(aside: Path, bad: Path) -> None:
-        with open(aside, "w", encoding="utf-8", newline="\n") as file, open(bad, "w", encoding="utf-8", newline="\n") as bad_file:
+        with (
+            open(aside, "w", encoding="utf-8", newline="\n") as file,
+            open(bad, "w", encoding="utf-8", newline="\n") as bad_file,
+        ):
             for chunk in worklist.iterate():
-                outcomes = read_outcomes(work.prompt, reader, list({key for _, key in chunk}), work.config.repair_invalid)
+                outcomes = read_outcomes(
+                    work.prompt, reader, list({key for _, key in chunk}), work.config.repair_invalid
+                )
                 ledger.settle([key for key, (_, is_complete) in outcomes.items() if is_complete])
                 for row, key in chunk:
                     made = work.build_row(row, outcomes[key][0])
@@ -204,7 +270,9 @@ def _write_output(work: Generation, ledger: Ledger, folder: Path, worklist: Work
                     if fault := work.find_fault(made):
                         counts[f"dead_{fault[0]}"] += 1
                         why = {"reason": fault[0], "details": fault[1]}
-                        bad_file.write(dump_line(why | made | why))  # first, and also where the user's file has such columns
+                        bad_file.write(
+                            dump_line(why | made | why)
+                        )  # first, and also where the user's file has such columns
 
     try:
         write_atomic(work.output, write)
@@ -222,7 +290,11 @@ def dead_letters_beside(output: Path) -> Path:
 
 def _refuse_to_pay_again(work: Generation, folder: Path, record: Run) -> None:
     """Raise ResumeError if the output holds answers to these very inputs, of which the ledger knows none: it is not the one that they were paid through."""
-    replies = sum(count for name, count in record.manifest["counts"].items() if name.startswith("status_") and name != f"status_{ParseStatus.REQUEST_FAILED}")
+    replies = sum(
+        count
+        for name, count in record.manifest["counts"].items()
+        if name.startswith("status_") and name != f"status_{ParseStatus.REQUEST_FAILED}"
+    )
     if replies and record.has_same_inputs and work.output.exists():
         raise ResumeError(
             f"{work.output} holds {replies} replies of which the ledger in {folder} knows none, so all would be asked and paid again."
@@ -249,16 +321,29 @@ def settle_limits(config: TeacherConfig, limiter, stage: str) -> Limits:
     limits = config.limits(before)
     if limits != before:
         ray.get(limiter.set_limits.remote(limits))
-        print(f"{stage}: the account's limits are now {describe_limits(limits)}; they were {describe_limits(before)}", flush=True)
+        print(
+            f"{stage}: the account's limits are now {describe_limits(limits)}; they were {describe_limits(before)}",
+            flush=True,
+        )
     elif limits != config.limits():
-        print(f"{stage}: the account's limits are {describe_limits(limits)}, as another job set them; ray_jobs.account changes them", flush=True)
+        print(
+            f"{stage}: the account's limits are {describe_limits(limits)}, as another job set them; ray_jobs.account changes them",
+            flush=True,
+        )
     return limits
 
 
 def describe_limits(limits: Limits) -> str:
     """An account's limits in words."""
-    names = {"requests_per_minute": "requests a minute", "tokens_per_minute": "tokens a minute", "max_in_flight": "calls in flight"}
-    return ", ".join(f"{getattr(limits, name):g} {words}" for name, words in names.items() if getattr(limits, name)) or "none"
+    names = {
+        "requests_per_minute": "requests a minute",
+        "tokens_per_minute": "tokens a minute",
+        "max_in_flight": "calls in flight",
+    }
+    return (
+        ", ".join(f"{getattr(limits, name):g} {words}" for name, words in names.items() if getattr(limits, name))
+        or "none"
+    )
 
 
 @contextlib.contextmanager

@@ -40,7 +40,9 @@ class GenerateThoughtsConfig(TeacherConfig):
     def __post_init__(self) -> None:
         self.check()
         if (self.prompt_name == "scoring") != bool(self.thoughts):
-            raise ConfigError("prompt_name scoring reads --thoughts, and no other prompt does: it judges answers that exist.")
+            raise ConfigError(
+                "prompt_name scoring reads --thoughts, and no other prompt does: it judges answers that exist."
+            )
 
 
 def to_answer(row: Mapping, outcome: Outcome, config: GenerateThoughtsConfig) -> dict:
@@ -117,7 +119,10 @@ def find_fault(answer: Mapping) -> tuple[str, str] | None:
         return answer["parse_status"], answer["problem"]
     if answer["prompt_name"] == "regeneration":
         if answer["predicted_label"] != answer["true_label"]:
-            return "label_disagrees", f"it reaches {answer['predicted_label']}, and the true label is {answer['true_label']}"
+            return (
+                "label_disagrees",
+                f"it reaches {answer['predicted_label']}, and the true label is {answer['true_label']}",
+            )
         if answer["telling_phrase"]:
             return "betrays_label", answer["telling_phrase"]
     return None
@@ -136,10 +141,19 @@ def count_answer(counts: Counter, answer: Mapping) -> None:
 
 def describe_counts(counts: Mapping) -> str:
     """The counts in one line, failures first."""
-    failed = {name.removeprefix("status_"): count for name, count in counts.items() if name.startswith("status_") and name != "status_ok"}
-    parts = [f"{sum(failed.values())} of {counts['rows']} without a usable answer" + (f" ({list_counts(failed)})" if failed else "")]
+    failed = {
+        name.removeprefix("status_"): count
+        for name, count in counts.items()
+        if name.startswith("status_") and name != "status_ok"
+    }
+    parts = [
+        f"{sum(failed.values())} of {counts['rows']} without a usable answer"
+        + (f" ({list_counts(failed)})" if failed else "")
+    ]
     parts.append(f"{counts['first_reply_ok']} usable at the first reply")
     if counts["labelled"]:
-        parts.append(f"{counts['correct']} of {counts['labelled']} labelled rows right ({counts['correct'] / counts['labelled']:.3f})")
+        parts.append(
+            f"{counts['correct']} of {counts['labelled']} labelled rows right ({counts['correct'] / counts['labelled']:.3f})"
+        )
     parts.append(f"{counts['prompt_tokens']} + {counts['completion_tokens']} tokens of prompts and replies")
     return ", ".join(parts)

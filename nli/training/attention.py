@@ -24,14 +24,32 @@ def register_packed_attention() -> str:
     return PACKED
 
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, sliding_window=None, **kwargs):
+def packed_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    cu_seq_lens_q=None,
+    max_length_q=None,
+    sliding_window=None,
+    **kwargs,
+):
     """Causal attention of shape (1, heads, tokens, dim) within each of the packed rows; on a GPU by flash-attn or torch's own variable-length kernel."""
     import torch
 
     if cu_seq_lens_q is None or query.shape[0] != 1:
         positions = kwargs.get("position_ids")
-        if attention_mask is None and query.shape[2] > 1 and positions is not None and bool((positions[:, 1:] == 0).any()):
-            raise ValueError("rows are packed, and cu_seq_lens_q does not say where each begins: they would see each other")
+        if (
+            attention_mask is None
+            and query.shape[2] > 1
+            and positions is not None
+            and bool((positions[:, 1:] == 0).any())
+        ):
+            raise ValueError(
+                "rows are packed, and cu_seq_lens_q does not say where each begins: they would see each other"
+            )
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -50,7 +68,11 @@ def _find_kernel() -> tuple[str, object, dict]:
     except ImportError:
         from torch.nn.attention.varlen import varlen_attn
 
-        return "torch varlen", varlen_attn, {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+        return (
+            "torch varlen",
+            varlen_attn,
+            {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {},
+        )
     return f"flash-attn {flash_attn.__version__}", flash_attn.flash_attn_varlen_func, {"causal": True}
 
 

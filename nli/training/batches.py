@@ -50,7 +50,14 @@ class GlobalBatches:
     """One worker's part of each step: item `step` is its list of packed micro-batches. Without a seed the rows keep their order."""
 
     def __init__(
-        self, rows: "datasets.Dataset", global_batch_size: int, rank: int, num_workers: int, max_tokens: int, max_rows: int = 0, seed: int | None = None
+        self,
+        rows: "datasets.Dataset",
+        global_batch_size: int,
+        rank: int,
+        num_workers: int,
+        max_tokens: int,
+        max_rows: int = 0,
+        seed: int | None = None,
     ):
         self.global_batch_size, self.rank, self.num_workers = global_batch_size, rank, num_workers
         self.max_tokens, self.max_rows, self.seed = max_tokens, max_rows, seed
@@ -67,7 +74,10 @@ class GlobalBatches:
         chosen = self.choose(step)
         dealt = deal([self.lengths[index] for index in chosen], self.num_workers, self.max_tokens, self.max_rows)
         rows = [[chosen[position] for position in held] for held in dealt[self.rank]]
-        return [pack([self.ids[row] for row in held], [self.labels[row] for row in held]) if held else self.stand_in() for held in rows]
+        return [
+            pack([self.ids[row] for row in held], [self.labels[row] for row in held]) if held else self.stand_in()
+            for held in rows
+        ]
 
     def count_labels(self) -> int:
         """How many tokens the loss is over in all rows."""
@@ -81,7 +91,11 @@ class GlobalBatches:
             import numpy
 
             count = len(self.lengths)
-            order = range(count) if self.seed is None else numpy.random.default_rng((self.seed, self.epoch)).permutation(count).tolist()
+            order = (
+                range(count)
+                if self.seed is None
+                else numpy.random.default_rng((self.seed, self.epoch)).permutation(count).tolist()
+            )
             self._order = (self.epoch, order)
         return list(self._order[1][step * self.global_batch_size : (step + 1) * self.global_batch_size])
 

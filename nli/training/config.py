@@ -108,28 +108,60 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.global_batch_size % self.num_workers:
-            raise ConfigError(f"global_batch_size {self.global_batch_size} is no multiple of num_workers {self.num_workers}; change one of the two.")
+            raise ConfigError(
+                f"global_batch_size {self.global_batch_size} is no multiple of num_workers {self.num_workers}; change one of the two."
+            )
         if self.parallel in ("zero3", "fsdp2"):
             reason = {
                 "fsdp2": "FSDP2 leaves 4-bit weights whole on every GPU, and splitting them in bf16 storage corrupts them (bitsandbytes issue 1945)",
                 "zero3": "ZeRO-3 loads the whole quantised base on every GPU first, so nothing is saved",
             }[self.parallel]
-            raise ConfigError(f"parallel {self.parallel} is not offered: {reason}. Use ddp: it exchanges adapters alone, and a 7B base takes 4 GB.")
+            raise ConfigError(
+                f"parallel {self.parallel} is not offered: {reason}. Use ddp: it exchanges adapters alone, and a 7B base takes 4 GB."
+            )
         if self.parallel == "zero2" and self.compute_dtype != "bf16":
             raise ConfigError("parallel zero2 computes in bf16; leave compute_dtype at bf16, or use parallel ddp.")
         if self.best_by == "accuracy" and not self.watch_rows:
-            raise ConfigError("best_by accuracy needs watch_rows, the dev rows that accuracy is taken over; give more than 0.")
+            raise ConfigError(
+                "best_by accuracy needs watch_rows, the dev rows that accuracy is taken over; give more than 0."
+            )
         if self.best_by == "accuracy" and self.watch_beside:
-            raise ConfigError("best_by accuracy needs each accuracy at its evaluation, and watch_beside lets training go on before it is there.")
+            raise ConfigError(
+                "best_by accuracy needs each accuracy at its evaluation, and watch_beside lets training go on before it is there."
+            )
         if self.gpu is not None and self.num_workers > 1:
-            raise ConfigError(f"gpu {self.gpu} is one GPU and num_workers {self.num_workers} need one each; leave gpu out, or train with one worker.")
+            raise ConfigError(
+                f"gpu {self.gpu} is one GPU and num_workers {self.num_workers} need one each; leave gpu out, or train with one worker."
+            )
         if self.gpu is not None and self.use_gpu is False:
-            raise ConfigError(f"gpu {self.gpu} picks a GPU and use_gpu=False trains without one; leave one of the two out.")
+            raise ConfigError(
+                f"gpu {self.gpu} picks a GPU and use_gpu=False trains without one; leave one of the two out."
+            )
 
 
 # What may differ between two attempts at the same run: places, hardware, and how much is logged or kept.
 FREE_FIELDS = {
-    *("base_model", "train_file", "dev_file", "output_dir", "storage_root", "num_workers", "cpus_per_worker", "use_gpu", "gpu", "max_failures", "wandb"),
+    *(
+        "base_model",
+        "train_file",
+        "dev_file",
+        "output_dir",
+        "storage_root",
+        "num_workers",
+        "cpus_per_worker",
+        "use_gpu",
+        "gpu",
+        "max_failures",
+        "wandb",
+    ),
     *("preflight", "watch_beside"),
-    *("wandb_project", "log_steps", "keep_checkpoints", "per_device_batch_size", "micro_batch_tokens", "activation_checkpointing", "memory_limit_gb"),
+    *(
+        "wandb_project",
+        "log_steps",
+        "keep_checkpoints",
+        "per_device_batch_size",
+        "micro_batch_tokens",
+        "activation_checkpointing",
+        "memory_limit_gb",
+    ),
 }

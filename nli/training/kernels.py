@@ -62,7 +62,9 @@ def is_frozen_linear(layer) -> bool:
     """Whether `FrozenWeight` can read a layer: 4-bit or plain, and not trained."""
     import torch
 
-    if type(layer).__name__ == "Linear4bit" and type(layer).__module__.startswith("bitsandbytes"):  # PEFT has a Linear4bit too
+    if type(layer).__name__ == "Linear4bit" and type(layer).__module__.startswith(
+        "bitsandbytes"
+    ):  # PEFT has a Linear4bit too
         return getattr(layer.weight, "quant_state", None) is not None
     return type(layer) is torch.nn.Linear and not layer.weight.requires_grad
 
@@ -92,7 +94,13 @@ def _lora_function():
                 out = torch.nn.functional.linear(flat, weights[number].read(dtype), biases[number]).addmm_(part, up.t())
                 outputs.append(out.view(*x.shape[:-1], out.shape[-1]))
             ctx.save_for_backward(flat, mask, low, down, *ups)
-            ctx.weights, ctx.scalings, ctx.probability, ctx.shape, ctx.ranks = weights, scalings, probability, x.shape, ranks
+            ctx.weights, ctx.scalings, ctx.probability, ctx.shape, ctx.ranks = (
+                weights,
+                scalings,
+                probability,
+                x.shape,
+                ranks,
+            )
             ctx.kept_dtype = adapters[0].dtype
             return tuple(outputs)
 
@@ -147,7 +155,9 @@ class AdapterGroup:
         """The outputs of all modules for `x`."""
         name, modules = self.adapter, self.modules
         probability = getattr(self.dropout, "p", 0.0) if modules[0].training else 0.0
-        adapters = [module.lora_A[name].weight for module in modules] + [module.lora_B[name].weight for module in modules]
+        adapters = [module.lora_A[name].weight for module in modules] + [
+            module.lora_B[name].weight for module in modules
+        ]
         scalings = [module.scaling[name] for module in modules]
         if self.weights is None:
             outputs = self.function.apply(x, None, None, scalings, probability, *adapters)
@@ -162,8 +172,14 @@ def fuse_adapters(model) -> int:
 
     function, count = _lora_function(), 0
     for parent in list(model.modules()):
-        children = {name: child for name, child in parent.named_children() if isinstance(child, LoraLayer) and _is_plain_lora(child)}
-        shared = [[children.pop(name) for name in names] for names in SHARED_INPUTS if all(name in children for name in names)]
+        children = {
+            name: child
+            for name, child in parent.named_children()
+            if isinstance(child, LoraLayer) and _is_plain_lora(child)
+        }
+        shared = [
+            [children.pop(name) for name in names] for names in SHARED_INPUTS if all(name in children for name in names)
+        ]
         for modules in [*shared, *([child] for child in children.values())]:
             group = AdapterGroup(modules, function)
             for module in modules:
@@ -175,7 +191,13 @@ def fuse_adapters(model) -> int:
 def _is_plain_lora(module) -> bool:
     """Whether a module is a linear layer with one adapter and nothing beside A and B."""
     names = module.active_adapters
-    return len(names) == 1 and names[0] in module.lora_A and not module.lora_variant and not any(module.lora_bias.values()) and not module.merged
+    return (
+        len(names) == 1
+        and names[0] in module.lora_A
+        and not module.lora_variant
+        and not any(module.lora_bias.values())
+        and not module.merged
+    )
 
 
 def _replace_forward(module, group: AdapterGroup) -> None:
@@ -282,5 +304,7 @@ def use_liger(model, swiglu: bool) -> bool:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if base.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         return False
-    _apply_liger_kernel_to_instance(base, rope=True, rms_norm=True, swiglu=swiglu, cross_entropy=False, fused_linear_cross_entropy=False)
+    _apply_liger_kernel_to_instance(
+        base, rope=True, rms_norm=True, swiglu=swiglu, cross_entropy=False, fused_linear_cross_entropy=False
+    )
     return True

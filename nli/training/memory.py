@@ -108,7 +108,9 @@ def estimate(workload: Workload, tokens: int, recomputed_layers: int = 0) -> Est
     shape = workload.shape
     linear = shape.layers * sum(rows * columns for rows, columns in shape.linear_sizes().values())
     # NF4: half a byte, an 8-bit scale for 64 weights, an fp32 scale for 256 of these, and the scales as `FrozenWeight` unpacks them
-    stored = {"nf4": 0.5 + 1 / 64 + 4 / 16384 + 4 / 64, "int8": 1 + 4 / shape.hidden, "none": workload.bytes_per_value}[workload.quantization]
+    stored = {"nf4": 0.5 + 1 / 64 + 4 / 16384 + 4 / 64, "int8": 1 + 4 / shape.hidden, "none": workload.bytes_per_value}[
+        workload.quantization
+    ]
     tables = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
     return Estimate(
         base=round(linear * stored + tables * workload.bytes_per_value),
@@ -131,7 +133,14 @@ def activation_bytes(workload: Workload, tokens: int, recomputed_layers: int = 0
     return tokens * ((shape.layers - recomputed_layers) * kept + recomputed_layers * remembered + again + widest)
 
 
-def choose(workload: Workload, limit: float, longest: int, step_tokens: int, recompute: bool | Literal["auto"] = "auto", micro_batch_tokens: int = 0) -> Choice:
+def choose(
+    workload: Workload,
+    limit: float,
+    longest: int,
+    step_tokens: int,
+    recompute: bool | Literal["auto"] = "auto",
+    micro_batch_tokens: int = 0,
+) -> Choice:
     """The largest micro-batch, and with "auto" the least recompute, that fit into `limit` bytes.
 
     `longest` is the longest row, `step_tokens` what one worker has in a mean step: a micro-batch need be little larger. What is given as a number is kept.

@@ -41,13 +41,17 @@ def read_splits(inputs: tuple[Path, Path]) -> Splits:
         for line, row in scan_jsonl(path, SFTExample, splits.faults):
             empty = next((part for part in ("prompt", "completion") if not row[part].strip()), None)
             if empty:
-                splits.faults.append(f"{path}:{line}: {empty}: empty, so there is nothing to {'learn' if empty == 'completion' else 'answer'}")
+                splits.faults.append(
+                    f"{path}:{line}: {empty}: empty, so there is nothing to {'learn' if empty == 'completion' else 'answer'}"
+                )
             else:
                 splits.rows[name].append((line, row))
     trained_on = {(row["premise"], row["hypothesis"]): line for line, row in splits.rows["train"]}
     for line, row in splits.rows["dev"]:
         if (pair := (row["premise"], row["hypothesis"])) in trained_on:
-            splits.faults.append(f"{splits.paths['dev']}:{line}: the pair stands in {splits.paths['train']}:{trained_on[pair]} too")
+            splits.faults.append(
+                f"{splits.paths['dev']}:{line}: the pair stands in {splits.paths['train']}:{trained_on[pair]} too"
+            )
     return splits
 
 
@@ -67,7 +71,11 @@ def check_splits(inputs: tuple[Path, Path], tokenizer_path: str, max_length: int
 def list_items(splits: Splits) -> list[dict]:
     """All rows as what `tokenise_batch` takes."""
     kept = ("prompt", "completion", "true_label")
-    return [{"split": name, "line": line} | {part: row[part] for part in kept} for name in NAMES for line, row in splits.rows[name]]
+    return [
+        {"split": name, "line": line} | {part: row[part] for part in kept}
+        for name in NAMES
+        for line, row in splits.rows[name]
+    ]
 
 
 def tokenise_here(splits: Splits, tokenizer_path: str):
@@ -92,14 +100,25 @@ def tokenise_batch(table, tokenizer_path: str):
         for name, value in zip(columns, values, strict=True):
             columns[name].append(value)
     ids = pa.list_(pa.int32())
-    arrays = [pa.array(columns["input_ids"], ids), pa.array(columns["labels"], ids), pa.array(columns["num_tokens"]), pa.array(columns["problem"])]
-    true_labels = pa.array(table["true_label"].to_pylist(), pa.int8())  # a block without any label would have a column of no type
-    return pa.table([table["split"], table["line"], true_labels, *arrays], names=["split", "line", "true_label", *columns])
+    arrays = [
+        pa.array(columns["input_ids"], ids),
+        pa.array(columns["labels"], ids),
+        pa.array(columns["num_tokens"]),
+        pa.array(columns["problem"]),
+    ]
+    true_labels = pa.array(
+        table["true_label"].to_pylist(), pa.int8()
+    )  # a block without any label would have a column of no type
+    return pa.table(
+        [table["split"], table["line"], true_labels, *arrays], names=["split", "line", "true_label", *columns]
+    )
 
 
 def find_token_faults(splits: Splits, table, max_length: int, drop_overlong: bool) -> list[str]:
     """Rows that cannot be encoded and, where they may not be dropped, rows over `max_length`."""
-    faults = [f"{splits.paths[row['split']]}:{row['line']}: {row['problem']}" for row in _facts(table) if row["problem"]]
+    faults = [
+        f"{splits.paths[row['split']]}:{row['line']}: {row['problem']}" for row in _facts(table) if row["problem"]
+    ]
     return faults + ([] if drop_overlong else describe_overlong(splits, table, max_length))
 
 

@@ -57,7 +57,9 @@ class Report:
         return "\n".join(lines)
 
 
-def describe_run(config: TrainConfig, splits: Splits, table, output: Path, colour: bool = False, on_cpu: bool = False) -> Report:
+def describe_run(
+    config: TrainConfig, splits: Splits, table, output: Path, colour: bool = False, on_cpu: bool = False
+) -> Report:
     """The report of a run whose rows are tokenised in `table` (split, line, input_ids, labels, num_tokens). `colour` marks the preview for a terminal."""
     kept = {name: [] for name in NAMES}
     rows = table.select(["split", "line", "num_tokens"]).to_pylist()
@@ -71,13 +73,24 @@ def describe_run(config: TrainConfig, splits: Splits, table, output: Path, colou
     overlong = describe_overlong(splits, table, config.max_length)
     fate = "left out" if config.drop_overlong else "refused"
     sections = {
-        "rows": [f"{', '.join(f'{name} {len(kept[name])}' for name in NAMES)}; over max_length {config.max_length} and {fate}: {len(overlong)}"],
+        "rows": [
+            f"{', '.join(f'{name} {len(kept[name])}' for name in NAMES)}; over max_length {config.max_length} and {fate}: {len(overlong)}"
+        ],
         "labels": [describe_labels(splits)],
         "tokens": describe_tokens(kept),
-        "steps": [f"{steps} of {config.global_batch_size} rows, {steps_per_epoch} an epoch" + describe_evaluations(config, steps, steps_per_epoch)],
+        "steps": [
+            f"{steps} of {config.global_batch_size} rows, {steps_per_epoch} an epoch"
+            + describe_evaluations(config, steps, steps_per_epoch)
+        ],
         "time": [describe_time(config, output, steps * config.global_batch_size * mean_tokens)],
-        "memory": [_NO_ESTIMATE if on_cpu or config.use_gpu is False else describe_memory(config, shape, max(kept["train"], default=0), mean_tokens)],
-        "disk": [f"{disk / 1e9:.2f} GB for checkpoints and adapter, {free_bytes(output) / 1e9:.1f} GB free at {nearest_folder(output)}"],
+        "memory": [
+            _NO_ESTIMATE
+            if on_cpu or config.use_gpu is False
+            else describe_memory(config, shape, max(kept["train"], default=0), mean_tokens)
+        ],
+        "disk": [
+            f"{disk / 1e9:.2f} GB for checkpoints and adapter, {free_bytes(output) / 1e9:.1f} GB free at {nearest_folder(output)}"
+        ],
         "leakage": [describe_leakage(splits)],
         "preview": preview_row(config.base_model, splits, table, colour),
     }
@@ -92,15 +105,24 @@ def count_steps(num_rows: int, config: TrainConfig) -> tuple[int, int]:
 
 def describe_evaluations(config: TrainConfig, steps: int, steps_per_epoch: int) -> str:
     every = config.eval_steps or steps_per_epoch
-    patience = f", ended after {config.early_stopping_patience} without a better one" if config.early_stopping_patience else ""
-    return f"; evaluated and saved every {every} steps{patience}" if every <= steps else f"; eval_steps {every} is past the last one: never evaluated"
+    patience = (
+        f", ended after {config.early_stopping_patience} without a better one" if config.early_stopping_patience else ""
+    )
+    return (
+        f"; evaluated and saved every {every} steps{patience}"
+        if every <= steps
+        else f"; eval_steps {every} is past the last one: never evaluated"
+    )
 
 
 def describe_labels(splits: Splits) -> str:
     """How often each label is taught in each file, and how often it is not the true one."""
     parts = []
     for name in NAMES:
-        labels = [((parse_answer(row["completion"]).fields or {}).get("predicted_label"), row["true_label"]) for _, row in splits.rows[name]]
+        labels = [
+            ((parse_answer(row["completion"]).fields or {}).get("predicted_label"), row["true_label"])
+            for _, row in splits.rows[name]
+        ]
         counts = Counter(taught for taught, _ in labels)
         wrong = sum(None not in (taught, true) and taught != true for taught, true in labels)
         text = f"{name} {counts[1]:,} of 1 and {counts[0]:,} of 0"
@@ -116,7 +138,9 @@ def describe_tokens(kept: dict[str, list[int]]) -> list[str]:
         if lengths:
             ordered = sorted(lengths)
             high = ordered[min(len(ordered) - 1, math.ceil(0.95 * len(ordered)) - 1)]
-            lines.append(f"{name} median {statistics.median_low(ordered)}, 95 % within {high}, longest {ordered[-1]}, {sum(ordered):,} together")
+            lines.append(
+                f"{name} median {statistics.median_low(ordered)}, 95 % within {high}, longest {ordered[-1]}, {sum(ordered):,} together"
+            )
     return [*lines, *draw_histogram(kept["train"])]
 
 
@@ -125,20 +149,30 @@ def draw_histogram(lengths: Sequence[int]) -> list[str]:
     if not lengths:
         return []
     low, high = min(lengths), max(lengths)
-    width = next(width for scale in (10**power for power in range(9)) for width in (scale, 2 * scale, 5 * scale) if (high // width - low // width) < _BINS)
+    width = next(
+        width
+        for scale in (10**power for power in range(9))
+        for width in (scale, 2 * scale, 5 * scale)
+        if (high // width - low // width) < _BINS
+    )
     counts = Counter(length // width for length in lengths)
     top = max(counts.values())
     bins = range(low // width, high // width + 1)
     names = [f"{index * width}–{(index + 1) * width - 1}" for index in bins]
     pad = max(map(len, names))
-    return [f"{name:>{pad}} |{'#' * math.ceil(_BAR * counts[index] / top):<{_BAR}} {counts[index]:,}" for name, index in zip(names, bins, strict=True)]
+    return [
+        f"{name:>{pad}} |{'#' * math.ceil(_BAR * counts[index] / top):<{_BAR}} {counts[index]:,}"
+        for name, index in zip(names, bins, strict=True)
+    ]
 
 
 def describe_time(config: TrainConfig, output: Path, tokens: float) -> str:
     """Time by a measured rate of a run beside this one, on the same base and GPUs; without one it is not guessed."""
     found = find_rate(config, output)
     if found is None:
-        return "unknown: no run of this base on this machine lies beside this one; a run with --max-steps 20 measures it"
+        return (
+            "unknown: no run of this base on this machine lies beside this one; a run with --max-steps 20 measures it"
+        )
     rate, source = found
     minutes = tokens / (rate * config.num_workers) / 60
     shown = f"{minutes:.0f} min" if minutes >= 1 else f"{60 * minutes:.0f} s"
@@ -150,10 +184,23 @@ def find_rate(config: TrainConfig, output: Path) -> tuple[float, Path] | None:
     base, gpus = fingerprint_model(config.base_model), list_gpus()
     for log in sorted(output.parent.glob("*/log.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True):
         manifest = read_manifest(log.parent / "manifest.json")
-        settings = {"base": base, "quantization": config.quantization, "lora_rank": config.lora_rank, "max_length": config.max_length}
-        if manifest is None or manifest["hardware"]["gpus"] != gpus or any(manifest["identity"].get(name) != value for name, value in settings.items()):
+        settings = {
+            "base": base,
+            "quantization": config.quantization,
+            "lora_rank": config.lora_rank,
+            "max_length": config.max_length,
+        }
+        if (
+            manifest is None
+            or manifest["hardware"]["gpus"] != gpus
+            or any(manifest["identity"].get(name) != value for name, value in settings.items())
+        ):
             continue
-        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+        lines = [
+            json.loads(line)
+            for line in log.read_text(encoding="utf-8").splitlines(keepends=True)
+            if line.endswith("}\n")
+        ]
         rates = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]
         if rates:
             return statistics.median(rates), log.parent
@@ -166,12 +213,23 @@ def describe_memory(config: TrainConfig, shape: Shape, longest: int, mean_tokens
     size = re.search(r"([\d.]+) MiB", gpu) if gpu else None
     limit = config.memory_limit_gb * GIB or (float(size[1]) * 2**20 if size else 0)
     step_tokens = math.ceil(mean_tokens * config.global_batch_size / config.num_workers)
-    choice: Choice = choose(read_workload(config, shape), limit or 1024 * GIB, longest, step_tokens, config.activation_checkpointing, config.micro_batch_tokens)
+    choice: Choice = choose(
+        read_workload(config, shape),
+        limit or 1024 * GIB,
+        longest,
+        step_tokens,
+        config.activation_checkpointing,
+        config.micro_batch_tokens,
+    )
     layers = f"micro-batches of up to {choice.micro_batch_tokens:,} tokens, {choice.recomputed_layers} of {shape.layers} layers recomputed"
     needed = choice.estimate.total / GIB
     if not limit:
         return f"{needed:.1f} GiB at most (no GPU is seen from here; memory_limit_gb plans for one): {layers}"
-    fits = "" if choice.estimate.total <= limit else "; that does not fit: lower max_length or micro_batch_tokens, or take a larger GPU"
+    fits = (
+        ""
+        if choice.estimate.total <= limit
+        else "; that does not fit: lower max_length or micro_batch_tokens, or take a larger GPU"
+    )
     return f"{needed:.1f} GiB of {limit / GIB:.1f} GiB ({gpu if size and not config.memory_limit_gb else 'memory_limit_gb'}): {layers}{fits}"
 
 
@@ -227,7 +285,10 @@ def preview_row(base_model: str, splits: Splits, table, colour: bool) -> list[st
     first = table.slice(min(good)[2], 1).to_pylist()[0]
     tokens = [show_token(token) for token in load_tokenizer(base_model).convert_ids_to_tokens(first["input_ids"])]
     is_learnt = [label != IGNORED_LABEL for label in first["labels"]]
-    masked, learnt = ("|".join(token for token, flag in zip(tokens, is_learnt, strict=True) if flag == wanted) for wanted in (False, True))
+    masked, learnt = (
+        "|".join(token for token, flag in zip(tokens, is_learnt, strict=True) if flag == wanted)
+        for wanted in (False, True)
+    )
     place = f"{splits.paths[first['split']].name}:{first['line']}, {is_learnt.count(False)} masked and {is_learnt.count(True)} learnt tokens"
     if colour:
         return [place, f"\033[2m{masked}\033[0m", f"\033[1;32m{learnt}\033[0m"]

@@ -21,7 +21,14 @@ from nli.models import tokenizer as tokenization
 from nli.models.checkpoints import fingerprint_model, fingerprint_tokenizer, has_work
 from nli.models.load import check_base
 from nli.models.tokenizer import load_tokenizer
-from nli.runtime.cluster import check_gpu_choice, check_workers_fit, connected, keeping_interrupts, own_error, quiet_ray_data
+from nli.runtime.cluster import (
+    check_gpu_choice,
+    check_workers_fit,
+    connected,
+    keeping_interrupts,
+    own_error,
+    quiet_ray_data,
+)
 from nli.runtime.config import as_dict
 from nli.runtime.errors import ResumeError, StorageError
 from nli.runtime.files import resolve_input, resolve_model, resolve_output, sha256_file, write_atomic
@@ -78,7 +85,10 @@ def run(config: TrainConfig) -> Path:
 
 def plan_fit(config: TrainConfig) -> FitPlan:
     """Resolve paths and check base, tokenizer, rows and splits, without Ray and without loading weights."""
-    train, dev = resolve_input(config.train_file, config.storage_root), resolve_input(config.dev_file, config.storage_root)
+    train, dev = (
+        resolve_input(config.train_file, config.storage_root),
+        resolve_input(config.dev_file, config.storage_root),
+    )
     output = resolve_output(config.output_dir, config.storage_root)
     base = resolve_model(config.base_model, config.storage_root)
     check_splits((train, dev), base, config.max_length, config.drop_overlong)
@@ -100,7 +110,11 @@ def plan_fit(config: TrainConfig) -> FitPlan:
 def read_finished(plan: FitPlan) -> dict | None:
     """The counts of a finished run in the plan's folder, None if it is unfinished or not begun. Raises ResumeError if it is another run."""
     manifest = read_manifest(plan.output / "manifest.json")
-    if manifest is None or manifest["status"] != "finished" or manifest["identity"] != json.loads(json.dumps(plan.identity)):
+    if (
+        manifest is None
+        or manifest["status"] != "finished"
+        or manifest["identity"] != json.loads(json.dumps(plan.identity))
+    ):
         return None  # check_folder refuses another identity, with the difference
     return manifest["counts"]
 
@@ -110,12 +124,16 @@ def check_folder(plan: FitPlan) -> None:
     manifest = read_manifest(plan.output / "manifest.json")
     if manifest is None:
         if plan.output.exists() and any(not path.name.startswith(".") for path in plan.output.iterdir()):
-            raise ResumeError(f"{plan.output} is not empty and holds no run of this project; choose another output_dir.")
+            raise ResumeError(
+                f"{plan.output} is not empty and holds no run of this project; choose another output_dir."
+            )
         return
     differences = describe_differences(manifest["identity"], json.loads(json.dumps(plan.identity)))
     if differences and (manifest["status"] == "finished" or has_work(plan.output)):
         cure = "Choose another output_dir, or move the earlier run away; nothing was changed."
-        raise ResumeError(f"{plan.output} holds a run that was made another way:\n  " + "\n  ".join(differences) + f"\n{cure}")
+        raise ResumeError(
+            f"{plan.output} holds a run that was made another way:\n  " + "\n  ".join(differences) + f"\n{cure}"
+        )
 
 
 def check_room(config: TrainConfig, extra_cpus: float = 0.0, is_next: bool = True) -> bool:
@@ -155,20 +173,34 @@ def fit(plan: FitPlan, callbacks: Sequence = ()) -> dict:
     check_folder(plan)
     use_gpu = check_room(config)
     splits = read_splits(plan.inputs)
-    tokenised, num_dropped = tokenise(plan, splits)  # before the manifest: what it refuses can be mended by another config
+    tokenised, num_dropped = tokenise(
+        plan, splits
+    )  # before the manifest: what it refuses can be mended by another config
     report = describe_run(config, splits, pq.read_table(tokenised), plan.output, on_cpu=not use_gpu)
     check_disk(report, plan.output)
-    record = start_run(plan.output / "manifest.json", "sft", plan.identity, config, plan.inputs, has_work=has_work(plan.output))
+    record = start_run(
+        plan.output / "manifest.json", "sft", plan.identity, config, plan.inputs, has_work=has_work(plan.output)
+    )
     write_atomic(plan.output / "preflight.txt", report.render() + "\n")
     for line in report.render(_SHOWN).splitlines():
         print(f"sft {plan.output.name}: {line}", flush=True)
     run_id = content_hash([str(plan.output), record.manifest["attempts"][0]["started"]])
     state = plan.output / "ray_train"
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # each report, so each save, waits for Ray's next look: 2 s by default
+    os.environ.setdefault(
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5"
+    )  # each report, so each save, waits for Ray's next look: 2 s by default
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": as_dict(config), "output": str(plan.output), "tokenised": str(tokenised), "use_gpu": use_gpu, "run_id": run_id},
-        scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=use_gpu, resources_per_worker=worker_resources(config, use_gpu)),
+        train_loop_config={
+            "config": as_dict(config),
+            "output": str(plan.output),
+            "tokenised": str(tokenised),
+            "use_gpu": use_gpu,
+            "run_id": run_id,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers, use_gpu=use_gpu, resources_per_worker=worker_resources(config, use_gpu)
+        ),
         # A name of its own for each attempt: Ray would otherwise take up its own record of the last one, and one bad byte in that ends the run.
         run_config=RunConfig(
             name=f"attempt-{time.time_ns()}",
@@ -186,7 +218,10 @@ def fit(plan: FitPlan, callbacks: Sequence = ()) -> dict:
     shutil.rmtree(state, ignore_errors=True)
     result = json.loads((plan.output / "result.json").read_text(encoding="utf-8")) | {"dropped_overlong": num_dropped}
     record.finish(result)
-    print(f"sft: {plan.output}: eval loss {show_loss(result['eval_loss'])} after {result['steps']} steps ({result['train_seconds']:.0f} s)", flush=True)
+    print(
+        f"sft: {plan.output}: eval loss {show_loss(result['eval_loss'])} after {result['steps']} steps ({result['train_seconds']:.0f} s)",
+        flush=True,
+    )
     return result
 
 
@@ -217,7 +252,9 @@ def tokenise(plan: FitPlan, splits: Splits) -> tuple[Path, int]:
         aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}")  # write_parquet adds to a folder that is there
         dataset = ray.data.from_items(items, override_num_blocks=blocks)
         try:
-            dataset.map_batches(tokenise_batch, fn_kwargs={"tokenizer_path": config.base_model}, batch_format="pyarrow").write_parquet(str(aside))
+            dataset.map_batches(
+                tokenise_batch, fn_kwargs={"tokenizer_path": config.base_model}, batch_format="pyarrow"
+            ).write_parquet(str(aside))
             move_tokenised(aside, folder, len(items))
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -235,7 +272,9 @@ def move_tokenised(aside: Path, folder: Path, num_rows: int) -> None:
 
     found = pq.read_table(aside, columns=["line"]).num_rows
     if found != num_rows:
-        raise StorageError(f"{aside}: {found} tokenised rows instead of {num_rows} are on the disk; run the command again.")
+        raise StorageError(
+            f"{aside}: {found} tokenised rows instead of {num_rows} are on the disk; run the command again."
+        )
     try:
         aside.rename(folder)
     except OSError as error:

@@ -14,7 +14,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nli.models.checkpoints import BEST_WEIGHTS, WEIGHTS, best_weights, find_newest_complete, flush_to_disk, list_checkpoints, mark_complete, read_trainer_state
+from nli.models.checkpoints import (
+    BEST_WEIGHTS,
+    WEIGHTS,
+    best_weights,
+    find_newest_complete,
+    flush_to_disk,
+    list_checkpoints,
+    mark_complete,
+    read_trainer_state,
+)
 from nli.models.tokenizer import first_line
 from nli.runtime.errors import StorageError
 from nli.runtime.files import write_atomic
@@ -111,13 +120,18 @@ def find_start(run_folder: Path) -> Path | None:
     """The checkpoint to go on from: the newest that verifies. What a kill left half made goes, and log lines of steps that will be made again."""
     for path in [run_folder / SAVING, *run_folder.glob(f"{DELETING}-*")]:
         if path.exists():
-            print(f"{path}: was being {'written' if path.name == SAVING else 'deleted'} when a run ended; removed", flush=True)
+            print(
+                f"{path}: was being {'written' if path.name == SAVING else 'deleted'} when a run ended; removed",
+                flush=True,
+            )
             shutil.rmtree(path)
     checkpoint = find_newest_complete(run_folder)
     log = run_folder / "log.jsonl"
     if log.exists():
         last = read_trainer_state(checkpoint)["global_step"] if checkpoint else -1
-        lines = [line for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]  # a kill may cut the last one
+        lines = [
+            line for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")
+        ]  # a kill may cut the last one
         write_atomic(log, "".join(line for line in lines if json.loads(line)["step"] <= last))
     return checkpoint
 

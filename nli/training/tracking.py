@@ -17,7 +17,17 @@ from nli.training.config import TrainConfig
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-_SHOWN = ("loss", "eval_loss", "watch_step", "eval_accuracy", "eval_unparsed_rate", "eval_eos_rate", "grad_norm", "learning_rate", "tokens_per_second")
+_SHOWN = (
+    "loss",
+    "eval_loss",
+    "watch_step",
+    "eval_accuracy",
+    "eval_unparsed_rate",
+    "eval_eos_rate",
+    "grad_norm",
+    "learning_rate",
+    "tokens_per_second",
+)
 """what the console shows of a log line"""
 
 
@@ -52,14 +62,19 @@ def build_reporter(output: Path) -> "TrainerCallback":
         def on_train_begin(self, args, state, control, **kwargs):
             if state.global_step and state.is_world_process_zero:
                 with open(output / "log.jsonl", "a", encoding="utf-8") as file:
-                    file.write(dump_line({"step": state.global_step, "resumed_from": f"checkpoint-{state.global_step}"}))
+                    file.write(
+                        dump_line({"step": state.global_step, "resumed_from": f"checkpoint-{state.global_step}"})
+                    )
                 print(f"sft {output.name}: goes on from checkpoint-{state.global_step}", flush=True)
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if not state.is_world_process_zero or logs is None:
                 return
             with open(output / "log.jsonl", "a", encoding="utf-8") as file:
-                finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in logs.items()}
+                finite = {
+                    name: None if isinstance(value, float) and not math.isfinite(value) else value
+                    for name, value in logs.items()
+                }
                 file.write(dump_line({"step": state.global_step, **finite}))
             shown = {name: logs[name] for name in _SHOWN if name in logs}
             if shown:

@@ -27,9 +27,16 @@ def build_trainer_class() -> type["SFTTrainer"]:
     class PackedTrainer(SFTTrainer):
         def __init__(self, model, batches: GlobalBatches, eval_batches: GlobalBatches, **values):
             self.batches, self.eval_batches = batches, eval_batches
-            self.parameters_used, self.tokens_trained, self.train_seconds, self.logged = count_matmul_parameters(model), 0, 0.0, (0, 0.0)
+            self.parameters_used, self.tokens_trained, self.train_seconds, self.logged = (
+                count_matmul_parameters(model),
+                0,
+                0.0,
+                (0, 0.0),
+            )
             self.step_started, self.label_sums = 0.0, {}
-            collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)  # stands in for TRL's: no batch of ours passes through it
+            collator = DataCollatorForLanguageModeling(
+                pad_token_id=0, padding_free=True
+            )  # stands in for TRL's: no batch of ours passes through it
             super().__init__(model=model, data_collator=collator, **values)
             self.add_callback(Meter(self))
 
@@ -54,7 +61,9 @@ def build_trainer_class() -> type["SFTTrainer"]:
             loss = torch.zeros((), device=self.args.device)
             for number, micro in enumerate(inputs, start=1):
                 last = number == len(inputs)
-                self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed reads from it whether to take its step
+                self.accelerator.gradient_state._set_sync_gradients(
+                    last
+                )  # DeepSpeed reads from it whether to take its step
                 deferred = not last and not self.is_deepspeed_enabled
                 with self.accelerator.no_sync(model) if deferred else contextlib.nullcontext():
                     loss += super().training_step(model, micro, num_items_in_batch)
@@ -63,12 +72,20 @@ def build_trainer_class() -> type["SFTTrainer"]:
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             """TRL's loss without its per-micro-batch metrics across workers, each of which would wait for the GPU; `log` gathers their sums."""
             outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-            sums = torch.stack([outputs.is_top1.sum(), outputs.entropy.detach().sum(), outputs.label_mask.sum()]).float()
+            sums = torch.stack(
+                [outputs.is_top1.sum(), outputs.entropy.detach().sum(), outputs.label_mask.sum()]
+            ).float()
             mode = "train" if self.model.training else "eval"
             self.label_sums[mode] = self.label_sums.get(mode, 0) + sums
-            return -outputs.log_probs.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1) * self.accelerator.num_processes
+            return (
+                -outputs.log_probs.sum()
+                / torch.as_tensor(num_items_in_batch).clamp(min=1)
+                * self.accelerator.num_processes
+            )
 
-        def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
+        def evaluation_loop(
+            self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+        ):
             model, batches = self.model, dataloader.dataset
             model.eval()
             num_labels = torch.tensor(batches.count_labels(), device=self.args.device)
@@ -78,7 +95,12 @@ def build_trainer_class() -> type["SFTTrainer"]:
                     with torch.no_grad(), self.compute_loss_context_manager():
                         loss += self.compute_loss(model, self._prepare_inputs(micro), num_items_in_batch=num_labels)
             mean = self.accelerator.gather(loss[None]).mean().item()
-            return EvalLoopOutput(predictions=None, label_ids=None, metrics={f"{metric_key_prefix}_loss": mean}, num_samples=len(batches.lengths))
+            return EvalLoopOutput(
+                predictions=None,
+                label_ids=None,
+                metrics={f"{metric_key_prefix}_loss": mean},
+                num_samples=len(batches.lengths),
+            )
 
         def log(self, logs, start_time=None):
             if "grad_norm" in logs:
@@ -87,7 +109,10 @@ def build_trainer_class() -> type["SFTTrainer"]:
             if (sums := self.label_sums.pop(mode, None)) is not None:
                 correct, entropy, count = self.accelerator.reduce(sums, "sum").tolist()
                 prefix = "" if mode == "train" else "eval_"
-                logs |= {f"{prefix}mean_token_accuracy": correct / max(count, 1), f"{prefix}entropy": entropy / max(count, 1)}
+                logs |= {
+                    f"{prefix}mean_token_accuracy": correct / max(count, 1),
+                    f"{prefix}entropy": entropy / max(count, 1),
+                }
             super().log(logs, start_time)
 
         def measure(self) -> dict:
@@ -96,7 +121,10 @@ def build_trainer_class() -> type["SFTTrainer"]:
             self.logged = (self.tokens_trained, self.train_seconds)
             if seconds == 0:
                 return {}
-            found = {"tokens_per_second": round(tokens / seconds, 1), "useful_tflops": round(4 * self.parameters_used * tokens / seconds / 1e12, 2)}
+            found = {
+                "tokens_per_second": round(tokens / seconds, 1),
+                "useful_tflops": round(4 * self.parameters_used * tokens / seconds / 1e12, 2),
+            }
             if self.args.device.type == "cuda":
                 found["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             return found
@@ -125,7 +153,9 @@ def count_matmul_parameters(model) -> int:
     """Weights that each token is multiplied by: those of all linear layers, the adapters' and the head's among them."""
     import torch
 
-    return sum(module.in_features * module.out_features for module in model.modules() if isinstance(module, torch.nn.Linear))
+    return sum(
+        module.in_features * module.out_features for module in model.modules() if isinstance(module, torch.nn.Linear)
+    )
 
 
 def _only(items: list):

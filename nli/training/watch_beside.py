@@ -36,11 +36,25 @@ class WatchBeside:
         from peft import get_peft_model_state_dict
         from safetensors.torch import save
 
-        weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model).items()})
+        weights = save(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
+        )
         # DEFAULT: outside the placement group that the training workers share
-        options = {"num_cpus": 1, "num_gpus": 1 if self.use_gpu else 0, "scheduling_strategy": "DEFAULT", "max_retries": 1}
+        options = {
+            "num_cpus": 1,
+            "num_gpus": 1 if self.use_gpu else 0,
+            "scheduling_strategy": "DEFAULT",
+            "max_retries": 1,
+        }
         task = ray.remote(answer_sample).options(**options)
-        self.pending.append((step, task.remote(as_dict(self.config), self.tokenised, ray.put(weights), "cuda:0" if self.use_gpu else "cpu")))
+        self.pending.append(
+            (
+                step,
+                task.remote(
+                    as_dict(self.config), self.tokenised, ray.put(weights), "cuda:0" if self.use_gpu else "cpu"
+                ),
+            )
+        )
 
     def collect(self, wait: bool = False) -> list[tuple[int, dict[str, float]]]:
         """Figures that are there and were not collected before, with their steps; with `wait`, all of them. A failed task is told, and training goes on."""

@@ -70,7 +70,9 @@ class Watch:
         return {name: value for name, value in figures.items() if value is not None}
 
 
-def generate_greedily(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch: list[list[int]], max_new_tokens: int) -> list[tuple[str, bool]]:
+def generate_greedily(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch: list[list[int]], max_new_tokens: int
+) -> list[tuple[str, bool]]:
     """Continue each list of token ids, padded on the left, until EOS or the limit: the texts, and whether they ended by EOS.
 
     This is transformers' own `generate`, which takes a model in training as it is.
@@ -88,16 +90,30 @@ def generate_greedily(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerB
         eos_token_id=eos,
     )
     completions = output[:, width:].tolist()
-    return [(read_completion(tokenizer, ids[: ids.index(eos)] if eos in ids else ids), eos in ids) for ids in completions]
+    return [
+        (read_completion(tokenizer, ids[: ids.index(eos)] if eos in ids else ids), eos in ids) for ids in completions
+    ]
 
 
-def read_watch(tokenised: str, tokenizer: "PreTrainedTokenizerBase", num_rows: int, max_length: int, seed: int) -> Watch | None:
+def read_watch(
+    tokenised: str, tokenizer: "PreTrainedTokenizerBase", num_rows: int, max_length: int, seed: int
+) -> Watch | None:
     """A sample of the labelled dev rows that fit into max_length, the same for a seed; None if there are none or none are wanted."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    wanted = (pc.field("split") == "dev") & (pc.field("num_tokens") <= max_length) & pc.field("true_label").is_valid() & (pc.field("problem") == "")
-    rows = pq.read_table(tokenised, filters=wanted).sort_by("line").select(["input_ids", "labels", "true_label"]).to_pylist()
+    wanted = (
+        (pc.field("split") == "dev")
+        & (pc.field("num_tokens") <= max_length)
+        & pc.field("true_label").is_valid()
+        & (pc.field("problem") == "")
+    )
+    rows = (
+        pq.read_table(tokenised, filters=wanted)
+        .sort_by("line")
+        .select(["input_ids", "labels", "true_label"])
+        .to_pylist()
+    )
     chosen = [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), min(num_rows, len(rows))))]
     if not chosen:
         return None
@@ -137,8 +153,15 @@ class WatchedEvaluations:
             return
         for step, figures in self.beside.collect(wait):
             self.watched = (self.watched or {}) | {step: figures}
-            should_log = self.control.should_log  # `log` would gather from ranks that know nothing of it, and so would a forgotten flag
-            self.callback_handler.on_log(self.args, self.state, self.control, {"watch_step": step} | {f"eval_{name}": value for name, value in figures.items()})
+            should_log = (
+                self.control.should_log
+            )  # `log` would gather from ranks that know nothing of it, and so would a forgotten flag
+            self.callback_handler.on_log(
+                self.args,
+                self.state,
+                self.control,
+                {"watch_step": step} | {f"eval_{name}": value for name, value in figures.items()},
+            )
             self.control.should_log = should_log
 
     def training_step(self, *args, **kwargs):

@@ -63,7 +63,9 @@ def train_worker(job: dict) -> None:
     os.environ["WANDB_RUN_ID"] = job["run_id"]  # the same after a restart, so that W&B draws one curve
     trainer = build_trainer(config, output, job["tokenised"], device)
     if config.watch_rows:
-        trainer.watch = read_watch(job["tokenised"], trainer.processing_class, config.watch_rows, config.max_length, config.seed)
+        trainer.watch = read_watch(
+            job["tokenised"], trainer.processing_class, config.watch_rows, config.max_length, config.seed
+        )
         if config.watch_beside is not False and config.best_by == "eval_loss":
             trainer.beside = WatchBeside(config, job["tokenised"], job["use_gpu"])
     if context.get_world_rank() == 0:
@@ -82,11 +84,17 @@ def train_worker(job: dict) -> None:
     if context.get_world_rank() == 0:
         save_adapter(trainer, trainer.processing_class, output, trainer.best_adapter)
         write_card(output, config.base_model, config.quantization, config.compute_dtype, config.max_length)
-        best = next((entry for entry in state.log_history if entry["step"] == state.best_global_step and "eval_loss" in entry), {})
+        best = next(
+            (entry for entry in state.log_history if entry["step"] == state.best_global_step and "eval_loss" in entry),
+            {},
+        )
         result = {"steps": state.global_step, "epochs": round(state.epoch, 3), "eval_loss": best.get("eval_loss")}
         accuracy = best.get("eval_accuracy", (trainer.watched or {}).get(state.best_global_step, {}).get("accuracy"))
         result |= {"accuracy": accuracy} if accuracy is not None else {}
-        result |= {"train_seconds": round(time.monotonic() - started, 1), "best_checkpoint": f"checkpoint-{best['step']}" if best else None}
+        result |= {
+            "train_seconds": round(time.monotonic() - started, 1),
+            "best_checkpoint": f"checkpoint-{best['step']}" if best else None,
+        }
         result |= {"resumed_from": str(checkpoint or "")}
         write_atomic(output / "result.json", json.dumps(result) + "\n")
     torch.distributed.barrier()
@@ -101,7 +109,9 @@ def build_trainer(config: TrainConfig, output: Path, tokenised: str, device: str
     tokenizer = load_tokenizer(config.base_model)
     train, dev = (read_split(tokenised, split, config.max_length) for split in ("train", "dev"))
     world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    arguments = build_arguments(config, output, device.startswith("cuda"), world_size)  # first: DeepSpeed must be known of before the model is loaded
+    arguments = build_arguments(
+        config, output, device.startswith("cuda"), world_size
+    )  # first: DeepSpeed must be known of before the model is loaded
     model = load_base(config.base_model, config.quantization, config.compute_dtype, device, register_packed_attention())
     keep_weights_in_evaluations(model)
     model = add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.target_modules)
@@ -110,13 +120,24 @@ def build_trainer(config: TrainConfig, output: Path, tokenised: str, device: str
     choice = _broadcast(plan_memory(config, Shape.of(model.config), device, longest, step_tokens))
     recompute_layers(model, choice.recomputed_layers)
     train_batches, dev_batches = (
-        GlobalBatches(rows, config.global_batch_size, arguments.process_index, world_size, choice.micro_batch_tokens, config.per_device_batch_size, seed)
+        GlobalBatches(
+            rows,
+            config.global_batch_size,
+            arguments.process_index,
+            world_size,
+            choice.micro_batch_tokens,
+            config.per_device_batch_size,
+            seed,
+        )
         for rows, seed in ((train, config.seed), (dev, None))
     )
     if arguments.process_index == 0:
         needed = f"{choice.estimate.total / GIB:.1f} GiB estimated" if device.startswith("cuda") else "on the CPU"
         shown = f"micro-batches of up to {choice.micro_batch_tokens} tokens, {choice.recomputed_layers} layers recomputed, {needed}"
-        print(f"sft {output.name}: {shown}; fused: {', '.join(fused) or 'nothing'}; attention: {name_packed_kernel(device)}", flush=True)
+        print(
+            f"sft {output.name}: {shown}; fused: {', '.join(fused) or 'nothing'}; attention: {name_packed_kernel(device)}",
+            flush=True,
+        )
     early_stopping = [EarlyStoppingCallback(config.early_stopping_patience)] if config.early_stopping_patience else []
 
     class Trainer(SealedCheckpoints, WatchedEvaluations, build_trainer_class()):
@@ -135,7 +156,9 @@ def build_trainer(config: TrainConfig, output: Path, tokenised: str, device: str
     trainer.remove_callback(PrinterCallback)  # the reporter prints
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # the trainer casts the adapters of a quantised base to bf16; small updates would be lost in it
+            parameter.data = (
+                parameter.data.float()
+            )  # the trainer casts the adapters of a quantised base to bf16; small updates would be lost in it
     return trainer
 
 
@@ -158,7 +181,14 @@ def plan_memory(config: TrainConfig, shape: Shape, device: str, longest: int, st
     limit = config.memory_limit_gb * GIB
     if not limit:
         limit = torch.cuda.get_device_properties(device).total_memory if device.startswith("cuda") else 1024 * GIB
-    return choose(read_workload(config, shape), limit, longest, step_tokens, config.activation_checkpointing, config.micro_batch_tokens)
+    return choose(
+        read_workload(config, shape),
+        limit,
+        longest,
+        step_tokens,
+        config.activation_checkpointing,
+        config.micro_batch_tokens,
+    )
 
 
 def _mean_step_tokens(rows: "datasets.Dataset", config: TrainConfig) -> float:
@@ -188,15 +218,23 @@ def build_arguments(config: TrainConfig, output: Path, use_gpu: bool, world_size
     from trl import SFTConfig
 
     if config.parallel == "zero2" and importlib.util.find_spec("deepspeed") is None:
-        raise ConfigError("parallel zero2 needs DeepSpeed, which is not installed where the worker runs: pip install '.[zero]', or use parallel ddp.")
+        raise ConfigError(
+            "parallel zero2 needs DeepSpeed, which is not installed where the worker runs: pip install '.[zero]', or use parallel ddp."
+        )
 
-    when = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": config.eval_steps, "save_steps": config.eval_steps}
+    when = {
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "eval_steps": config.eval_steps,
+        "save_steps": config.eval_steps,
+    }
     if not config.eval_steps:
         when = {"eval_strategy": "epoch", "save_strategy": "epoch"}
     return SFTConfig(
         output_dir=str(output),
         run_name=output.name,
-        per_device_train_batch_size=config.global_batch_size // world_size,  # a step's rows; `nli.training.batches` deals them into micro-batches
+        per_device_train_batch_size=config.global_batch_size
+        // world_size,  # a step's rows; `nli.training.batches` deals them into micro-batches
         gradient_accumulation_steps=1,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
@@ -206,7 +244,8 @@ def build_arguments(config: TrainConfig, output: Path, use_gpu: bool, world_size
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         optim=config.optimizer,
-        bf16=config.parallel == "zero2",  # otherwise no autocast: the base is in its compute type, and the adapters follow it
+        bf16=config.parallel
+        == "zero2",  # otherwise no autocast: the base is in its compute type, and the adapters follow it
         use_cpu=not use_gpu,
         gradient_checkpointing=False,  # `recompute_layers` has chosen
         deepspeed=ZERO2 if config.parallel == "zero2" else None,

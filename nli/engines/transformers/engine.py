@@ -15,7 +15,17 @@ from concurrent.futures import Future
 
 from nli.engines.interface import EngineSettings, Generation, Request
 from nli.engines.transformers.kv_slots import Slots
-from nli.engines.transformers.rows import Row, admit, choose_tokens, draw, fail, finish, finish_label, list_partners, take_longest
+from nli.engines.transformers.rows import (
+    Row,
+    admit,
+    choose_tokens,
+    draw,
+    fail,
+    finish,
+    finish_label,
+    list_partners,
+    take_longest,
+)
 from nli.models.load import load_with_adapters, read_longest
 from nli.models.out_of_memory import Failure, attempt
 from nli.models.tokenizer import first_line, load_tokenizer
@@ -39,7 +49,9 @@ class TransformersEngine:
         self.decoding, self.device = settings.decoding, settings.device
         on_gpu = self.device.startswith("cuda")
         self.tokenizer = load_tokenizer(settings.base)
-        self.whole, self.adapters = load_with_adapters(settings.base, settings.adapters, settings.precision, settings.compute_dtype, settings.device)
+        self.whole, self.adapters = load_with_adapters(
+            settings.base, settings.adapters, settings.precision, settings.compute_dtype, settings.device
+        )
         self.model = self.whole.get_base_model() if settings.adapters else self.whole
         self.adapter: str | None = ""  # in use: none chosen yet
         self.batch_size = settings.batch_size or (GPU_ROWS if on_gpu else CPU_ROWS)
@@ -74,7 +86,13 @@ class TransformersEngine:
         import torch
 
         peak = round(torch.cuda.max_memory_allocated(self.device) / 1e9, 2) if self.device.startswith("cuda") else None
-        return {"load_seconds": self.load_seconds, "compile_seconds": None, "peak_memory_gb": peak, "batch_size": self.batch_size, **self.counts}
+        return {
+            "load_seconds": self.load_seconds,
+            "compile_seconds": None,
+            "peak_memory_gb": peak,
+            "batch_size": self.batch_size,
+            **self.counts,
+        }
 
     def close(self) -> None:
         self._end(EngineDead("The engine was closed."))
@@ -117,7 +135,9 @@ class TransformersEngine:
     def _take(self) -> bool:
         """Take in what was submitted, and wait for it where there is nothing else to do; False when the engine is to end."""
         taken = False
-        while not self.inbox.empty() or not (taken or self.active or self.apart or any(self.waiting.values()) or any(self.labels.values())):
+        while not self.inbox.empty() or not (
+            taken or self.active or self.apart or any(self.waiting.values()) or any(self.labels.values())
+        ):
             item = self.inbox.get()
             if item is None:
                 return False
@@ -136,7 +156,11 @@ class TransformersEngine:
 
     def _queue(self, rows: list[Row]) -> None:
         for row in rows:
-            insort((self.labels if row.label_tokens else self.waiting)[row.request.adapter], row.restart(), key=lambda row: len(row.ids))
+            insort(
+                (self.labels if row.label_tokens else self.waiting)[row.request.adapter],
+                row.restart(),
+                key=lambda row: len(row.ids),
+            )
 
     def _turn(self) -> None:
         """Read prompts where there is room for enough of them, else write some tokens of every row."""
@@ -144,7 +168,12 @@ class TransformersEngine:
             if self.apart:
                 self._try_apart(self.apart.pop())
                 return
-            self._use_adapter(max(self.adapters, key=lambda name: (len(self.waiting[name]) + len(self.labels[name]), name == self.adapter)))
+            self._use_adapter(
+                max(
+                    self.adapters,
+                    key=lambda name: (len(self.waiting[name]) + len(self.labels[name]), name == self.adapter),
+                )
+            )
         waiting, labels = self.waiting[self.adapter], self.labels[self.adapter]
         free = self.batch_size - len(self.active)
         few = max(1, self.batch_size // 8)  # to read fewer prompts takes a GPU as long
@@ -180,7 +209,10 @@ class TransformersEngine:
         """Read prompts into free slots, and write their first tokens."""
 
         def forward() -> list:
-            return [tensor.tolist() for tensor in self._choose(self.slots.prefill([row.ids for row in rows]), draw(rows, 1, self.device)[0])]
+            return [
+                tensor.tolist()
+                for tensor in self._choose(self.slots.prefill([row.ids for row in rows]), draw(rows, 1, self.device)[0])
+            ]
 
         first, failure = attempt(forward, self.device)
         if failure:
@@ -217,7 +249,11 @@ class TransformersEngine:
 
         def forward() -> list[float]:
             logits = self.slots.read([row.ids for row in rows])
-            return logits.gather(1, torch.tensor([row.label_tokens for row in rows], device=self.device)).diff(dim=-1)[:, 0].tolist()
+            return (
+                logits.gather(1, torch.tensor([row.label_tokens for row in rows], device=self.device))
+                .diff(dim=-1)[:, 0]
+                .tolist()
+            )
 
         margins, failure = attempt(forward, self.device)
         if failure:
@@ -231,7 +267,9 @@ class TransformersEngine:
         eos = self.tokenizer.eos_token_id
         ended = []
         for row, *series in zip(rows, *(zip(*step, strict=True) for step in written), strict=True):
-            if any(row.add(token, margin, eos) for token, margin in series):  # what a row writes after its end is passed over
+            if any(
+                row.add(token, margin, eos) for token, margin in series
+            ):  # what a row writes after its end is passed over
                 ended.append(row)
         if ended:
             self._leave(set(ended))
@@ -271,7 +309,13 @@ class TransformersEngine:
         concerned = {*rows, *self.active} if failure.out_of_memory else set(rows)
         if len(concerned) == 1:
             self._leave(concerned)
-            self._resolve(rows[0], fail(rows[0], f"does not fit into memory: {failure.problem}" if failure.out_of_memory else failure.problem))
+            self._resolve(
+                rows[0],
+                fail(
+                    rows[0],
+                    f"does not fit into memory: {failure.problem}" if failure.out_of_memory else failure.problem,
+                ),
+            )
         elif failure.out_of_memory:
             self._shrink(rows, len(concerned))
         else:

@@ -37,7 +37,9 @@ class Slots:
         self.last: torch.Tensor | None = None
         self.head = model.get_output_embeddings()
         self.hook = self.head.register_forward_pre_hook(self._pick_last)
-        self.projects = type(self.head) is torch.nn.Linear and "forward" not in vars(self.head)  # not one with an adapter or with hooks of its own
+        self.projects = type(self.head) is torch.nn.Linear and "forward" not in vars(
+            self.head
+        )  # not one with an adapter or with hooks of its own
         if self.projects:
             self.head.forward = partial(_project, self.head)
 
@@ -79,7 +81,11 @@ class Slots:
         self.shown, self.rows = _round_up(longest), torch.arange(len(self.lengths), device=self.device)
         visible = torch.arange(self.shown, device=self.device)[None] <= self.on_device[:, None]
         logits = self.model(
-            input_ids=tokens[:, None], attention_mask=visible[:, None, None], position_ids=positions[:, None], past_key_values=self.cache, use_cache=True
+            input_ids=tokens[:, None],
+            attention_mask=visible[:, None, None],
+            position_ids=positions[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
         ).logits[:, 0]
         self.lengths = [length + 1 for length in self.lengths]
         self.on_device = self.on_device + 1
@@ -143,7 +149,9 @@ def _project(head: "torch.nn.Linear", hidden: "torch.Tensor") -> "torch.Tensor":
     import torch.nn.functional as F
 
     if head.weight.is_cuda and head.weight.dtype != torch.float32 and head.bias is None:
-        return torch.mm(hidden.flatten(0, -2), head.weight.t(), out_dtype=torch.float32).unflatten(0, hidden.shape[:-1])  # copies no weights
+        return torch.mm(hidden.flatten(0, -2), head.weight.t(), out_dtype=torch.float32).unflatten(
+            0, hidden.shape[:-1]
+        )  # copies no weights
     return F.linear(hidden.float(), head.weight.float(), None if head.bias is None else head.bias.float())
 
 
@@ -166,7 +174,10 @@ def _build_cache(slots: Slots, num_layers: int):
 
         def fit(self, rows: int) -> None:
             """Hold as many slots and columns as are wanted now."""
-            self.keys, self.values = _fit(self.keys, rows, slots.num_slots, slots.columns), _fit(self.values, rows, slots.num_slots, slots.columns)
+            self.keys, self.values = (
+                _fit(self.keys, rows, slots.num_slots, slots.columns),
+                _fit(self.values, rows, slots.num_slots, slots.columns),
+            )
 
         def update(self, key_states, value_states, *args, **kwargs):
             if not self.is_initialized:

@@ -60,7 +60,9 @@ class Row:
         return self
 
 
-def admit(tokenizer: "PreTrainedTokenizerBase", request: Request, future: Future, decoding: Decoding, longest: int | None) -> Row:
+def admit(
+    tokenizer: "PreTrainedTokenizerBase", request: Request, future: Future, decoding: Decoding, longest: int | None
+) -> Row:
     """The row of a request. Raises DataError if its prompt cannot be encoded, or is too long for a model of `longest` positions."""
     import numpy as np
 
@@ -75,7 +77,9 @@ def admit(tokenizer: "PreTrainedTokenizerBase", request: Request, future: Future
     else:
         needed = len(ids) + 1
     if longest is not None and needed > longest:
-        raise DataError(f"the prompt has {len(ids)} tokens, which leaves no room for an answer within the model's {longest} positions")
+        raise DataError(
+            f"the prompt has {len(ids)} tokens, which leaves no room for an answer within the model's {longest} positions"
+        )
     if decoding.temperature:
         row.series = np.random.Generator(np.random.Philox(key=request.seed % 2**64)).random(row.most)
     return row
@@ -100,7 +104,9 @@ def draw(rows: list[Row], steps: int, device) -> "list[torch.Tensor | None]":
     return list(torch.from_numpy(np.stack(numbers, axis=1)).to(device))
 
 
-def choose_tokens(logits: "torch.Tensor", partners: "torch.Tensor", temperature: float, draws: "torch.Tensor | None") -> "tuple[torch.Tensor, torch.Tensor]":
+def choose_tokens(
+    logits: "torch.Tensor", partners: "torch.Tensor", temperature: float, draws: "torch.Tensor | None"
+) -> "tuple[torch.Tensor, torch.Tensor]":
     """The next token of each row, the likeliest or the one that its drawn number falls on, and its margin."""
     best, tokens = logits.max(dim=-1)
     if draws is not None:
@@ -122,7 +128,9 @@ def list_partners(tokenizer: "PreTrainedTokenizerBase", num_logits: int, device)
     return torch.tensor(partners, device=device)
 
 
-def finish(tokenizer: "PreTrainedTokenizerBase", row: Row, decoding: Decoding, longest: int | None) -> Generation | None:
+def finish(
+    tokenizer: "PreTrainedTokenizerBase", row: Row, decoding: Decoding, longest: int | None
+) -> Generation | None:
     """What a row that has ended comes to; None where its label has to be forced."""
     if math.isnan(row.margins[-1]):
         return fail(row, NOT_FINITE)
@@ -134,11 +142,15 @@ def finish(tokenizer: "PreTrainedTokenizerBase", row: Row, decoding: Decoding, l
         return ask_label(tokenizer, row, thought_so_far(text), generation, longest)
     if decoding.label_probability and (place := find_label(tokenizer, ids, text)):
         margin = row.margins[place.index]
-        generation = replace(generation, probability=_sigmoid(margin if ids[place.index] == place.tokens[1] else -margin))
+        generation = replace(
+            generation, probability=_sigmoid(margin if ids[place.index] == place.tokens[1] else -margin)
+        )
     return generation
 
 
-def ask_label(tokenizer: "PreTrainedTokenizerBase", row: Row, thought: str, written: Generation, longest: int | None) -> None:
+def ask_label(
+    tokenizer: "PreTrainedTokenizerBase", row: Row, thought: str, written: Generation, longest: int | None
+) -> None:
     """Turn a row into one that lacks only its label."""
     row.ids, row.label_tokens, thought = force_label(tokenizer, row.request.prompt, thought, longest)
     row.thought, row.written = thought, written
@@ -149,7 +161,9 @@ def finish_label(row: Row, margin: float, decoding: Decoding) -> Generation:
     if math.isnan(margin):
         return fail(row, NOT_FINITE)
     probability = _sigmoid(margin) if decoding.label_probability else None
-    return replace(row.written, text=render_completion(row.thought, int(margin > 0)), probability=probability, label_forced=True)
+    return replace(
+        row.written, text=render_completion(row.thought, int(margin > 0)), probability=probability, label_forced=True
+    )
 
 
 def fail(row: Row, problem: str) -> Generation:

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nli.models.adapter_files import ADAPTER_CONFIG, WEIGHTS, find_weights, load_weights, read_adapter_config, read_shapes
+from nli.models.adapter_files import (
+    ADAPTER_CONFIG,
+    WEIGHTS,
+    find_weights,
+    load_weights,
+    read_adapter_config,
+    read_shapes,
+)
 from nli.runtime.errors import ModelError
 from nli.runtime.files import write_atomic
 
@@ -36,7 +43,9 @@ class AdapterShape:
 def describe_adapter(folder: str) -> AdapterShape:
     """Rank and modules of an adapter. Raises ModelError if its files cannot be read."""
     config = read_adapter_config(Path(folder))
-    modules = {key.split(".lora_")[0].rsplit(".", 1)[-1] for key in read_shapes(_find_weights(folder)) if ".lora_" in key}
+    modules = {
+        key.split(".lora_")[0].rsplit(".", 1)[-1] for key in read_shapes(_find_weights(folder)) if ".lora_" in key
+    }
     return AdapterShape(max(_list_ranks(config)), tuple(sorted(modules)))
 
 
@@ -68,15 +77,21 @@ def prepare_adapter(folder: str, base: str, into: str) -> str:
     for name in extra:
         role = next((role for role in _EMBEDDINGS if f".{role}." in name), None)
         if role is None:
-            raise ModelError(f"{folder}: the adapter holds {name}, a full weight that vLLM cannot put on the base. {_ELSEWHERE}")
+            raise ModelError(
+                f"{folder}: the adapter holds {name}, a full weight that vLLM cannot put on the base. {_ELSEWHERE}"
+            )
         if not _has_rows_of(tensors.pop(name), read_embedding(base, role)):
-            raise ModelError(f"{folder}: the adapter's {role} differs from the base's: it was trained, and vLLM cannot put it on the base. {_ELSEWHERE}")
+            raise ModelError(
+                f"{folder}: the adapter's {role} differs from the base's: it was trained, and vLLM cannot put it on the base. {_ELSEWHERE}"
+            )
     config = config | {"modules_to_save": None}
     if uneven:
         tensors, config = _even_out(tensors, config)
     copy = Path(into) / Path(folder).resolve().name
     copy.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, copy / WEIGHTS, metadata={"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, copy / WEIGHTS, metadata={"format": "pt"}
+    )
     write_atomic(copy / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
     return str(copy)
 
@@ -91,7 +106,9 @@ def _even_out(tensors: Mapping[str, "torch.Tensor"], config: dict) -> tuple[dict
     for name, tensor in tensors.items():
         module, part = name.removeprefix("base_model.model.").split(".lora_", 1)
         own = alphas.get(get_pattern_key(alphas, module), alpha) / root(tensor.shape[-1])
-        evened[name] = (tensor.float() * (own / (alpha / root(rank)))).to(tensor.dtype) if part.startswith("B.") else tensor
+        evened[name] = (
+            (tensor.float() * (own / (alpha / root(rank)))).to(tensor.dtype) if part.startswith("B.") else tensor
+        )
     return evened, config | {"r": rank, "rank_pattern": {}, "alpha_pattern": {}}
 
 
@@ -119,7 +136,9 @@ def read_embedding(base: str, role: str) -> "torch.Tensor":
             found = set(weights.keys())
             return weights.get_tensor(next(name for name in names if name in found))
     except (OSError, ValueError, StopIteration):
-        raise ModelError(f"{base}: its {role} cannot be read, so that it cannot be compared with an adapter's. {_ELSEWHERE}") from None
+        raise ModelError(
+            f"{base}: its {role} cannot be read, so that it cannot be compared with an adapter's. {_ELSEWHERE}"
+        ) from None
 
 
 def _has_rows_of(saved: "torch.Tensor", own: "torch.Tensor") -> bool:

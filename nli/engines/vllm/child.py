@@ -41,7 +41,9 @@ class Server:
         except Exception as error:
             if not isinstance(error, NLIError):
                 traceback.print_exc()
-                error = ModelError(f"{self._settings.base}: vLLM does not start with {self._settings.precision} ({type(error).__name__}: {error}).")
+                error = ModelError(
+                    f"{self._settings.base}: vLLM does not start with {self._settings.precision} ({type(error).__name__}: {error})."
+                )
             self._channel.send((READY, error))
             self._channel.finish(_FLUSH_SECONDS)
             _leave(1)

@@ -25,7 +25,16 @@ from typing import TYPE_CHECKING, Any
 
 from nli.engines.interface import EngineSettings, Generation, Request
 from nli.engines.vllm.adapters import describe_adapter, prepare_adapter
-from nli.engines.vllm.setup import OWNER, USUAL_LENGTH, build_arguments, choose_start, register_classes, set_environment, share_of_memory, warm_up_with
+from nli.engines.vllm.setup import (
+    OWNER,
+    USUAL_LENGTH,
+    build_arguments,
+    choose_start,
+    register_classes,
+    set_environment,
+    share_of_memory,
+    warm_up_with,
+)
 from nli.models.label_tokens import find_label, force_label, read_completion, thought_so_far
 from nli.models.tokenizer import encode_prompt, load_tokenizer
 from nli.runtime.errors import DataError, EngineDead, ModelError
@@ -65,7 +74,10 @@ class VLLMEngine:
             self.close()
             raise
         self._load_seconds = time.monotonic() - started
-        print(f"model: {settings.base}, {settings.precision}, {self.description}, on {settings.device}, ready in {self._load_seconds:.1f} s", flush=True)
+        print(
+            f"model: {settings.base}, {settings.precision}, {self.description}, on {settings.device}, ready in {self._load_seconds:.1f} s",
+            flush=True,
+        )
 
     def submit(self, request: Request) -> Future[Generation]:
         """The answer to come, from any thread."""
@@ -107,7 +119,9 @@ class VLLMEngine:
         settings = self.settings
         shapes, folders = [], []
         for number, folder in enumerate(settings.adapters):
-            folders.append(prepare_adapter(folder, settings.base, os.path.join(self._adapters_folder.name, str(number))))
+            folders.append(
+                prepare_adapter(folder, settings.base, os.path.join(self._adapters_folder.name, str(number)))
+            )
             shapes.append(describe_adapter(folders[-1]))
         try:
             config = AutoConfig.from_pretrained(settings.base)
@@ -121,7 +135,11 @@ class VLLMEngine:
         choose_start()
         decoding = settings.decoding
         reads_labels = decoding.label_probability or decoding.force_label or decoding.no_cot
-        warm_up_with(self._parameters(temperature=decoding.temperature, max_tokens=2, logprob_token_ids=[0, 1] if reads_labels else None))
+        warm_up_with(
+            self._parameters(
+                temperature=decoding.temperature, max_tokens=2, logprob_token_ids=[0, 1] if reads_labels else None
+            )
+        )
         from vllm.lora.request import LoRARequest
 
         self._loras = {
@@ -136,7 +154,9 @@ class VLLMEngine:
                 "vLLM's own lines above say why. If it is the GPU's memory: set a smaller batch_size, take precision fp8 or nf4, "
                 "or end the process that uses the GPU too."
             )
-            raise ModelError(f"{settings.base}: vLLM does not start with {settings.precision} ({_reason(error)}). {cure}") from error
+            raise ModelError(
+                f"{settings.base}: vLLM does not start with {settings.precision} ({_reason(error)}). {cure}"
+            ) from error
         finally:
             del os.environ[OWNER]
         for folder, lora in self._loras.items():
@@ -144,7 +164,9 @@ class VLLMEngine:
                 self._wait(self._engine.add_lora(lora))
             except Exception as error:
                 cure = "Take engine transformers, or merge the adapter with export and run what comes out."
-                raise ModelError(f"{folder}: vLLM cannot put the adapter on {settings.base} ({_reason(error)}). {cure}") from error
+                raise ModelError(
+                    f"{folder}: vLLM cannot put the adapter on {settings.base} ({_reason(error)}). {cure}"
+                ) from error
 
     async def _launch(self, arguments: dict) -> Any:
         """vLLM's engine, made on the loop that it will run on."""
@@ -168,7 +190,9 @@ class VLLMEngine:
         task = asyncio.current_task()
         self._answers.add(task)
         try:
-            return await (self._label_only(request, prompt) if self.settings.decoding.no_cot else self._write(request, prompt))
+            return await (
+                self._label_only(request, prompt) if self.settings.decoding.no_cot else self._write(request, prompt)
+            )
         except EngineDeadError as error:
             raise EngineDead(f"vLLM's engine has ended ({_reason(error)}). Its own lines above say why.") from None
         except DataError as error:
@@ -199,7 +223,9 @@ class VLLMEngine:
         if decoding.force_label and parse_answer(text, completion.finish_reason).status is not ParseStatus.OK:
             return await self._force(request, thought_so_far(text), answer) or answer
         if decoding.label_probability and (place := find_label(self.tokenizer, written, text)) is not None:
-            return replace(answer, probability=await self._read_label(request, prompt + written[: place.index], place.tokens))
+            return replace(
+                answer, probability=await self._read_label(request, prompt + written[: place.index], place.tokens)
+            )
         return answer
 
     async def _label_only(self, request: Request, prompt: list[int]) -> Generation:
@@ -212,7 +238,9 @@ class VLLMEngine:
             return None
         probability = await self._read_label(request, ids, tokens)
         shown = probability if self.settings.decoding.label_probability else None
-        return replace(written, text=render_completion(thought, int(probability > 0.5)), probability=shown, label_forced=True)
+        return replace(
+            written, text=render_completion(thought, int(probability > 0.5)), probability=shown, label_forced=True
+        )
 
     def _too_long(self, prompt: list[int]) -> Generation:
         problem = f"the prompt has {len(prompt)} tokens, which leaves no room for an answer within the engine's {self._longest}"
@@ -222,7 +250,9 @@ class VLLMEngine:
 
     async def _read_label(self, request: Request, ids: list[int], tokens: tuple[int, int]) -> float:
         """P(label 1) where the label's token follows `ids`, by the model's own log-probabilities of the two."""
-        output = await self._ask(request, ids, self._parameters(temperature=0.0, max_tokens=1, logprob_token_ids=list(tokens)), priority=-1)
+        output = await self._ask(
+            request, ids, self._parameters(temperature=0.0, max_tokens=1, logprob_token_ids=list(tokens)), priority=-1
+        )
         no, yes = (output.outputs[0].logprobs[0][token].logprob for token in tokens)
         if not math.isfinite(yes - no):
             raise DataError("the model's logits are not finite numbers")
@@ -235,7 +265,9 @@ class VLLMEngine:
             seed=request.seed % 2**63 if temperature > 0 else None,  # vLLM keeps it in 64 bits, and takes -1 for none
             max_tokens=min(room, fixed if fixed is not None else self.settings.decoding.max_new_tokens),
             ignore_eos=fixed is not None,
-            stop_token_ids=[] if fixed is not None else [self.tokenizer.eos_token_id],  # nothing else stops: vLLM was given no tokenizer
+            stop_token_ids=[]
+            if fixed is not None
+            else [self.tokenizer.eos_token_id],  # nothing else stops: vLLM was given no tokenizer
         )
 
     def _parameters(self, **values) -> "SamplingParams":
@@ -243,13 +275,17 @@ class VLLMEngine:
 
         return SamplingParams(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True, **values)
 
-    async def _ask(self, request: Request, ids: list[int], parameters: "SamplingParams", priority: int = 0) -> "RequestOutput":
+    async def _ask(
+        self, request: Request, ids: list[int], parameters: "SamplingParams", priority: int = 0
+    ) -> "RequestOutput":
         from vllm.inputs import tokens_input
 
         if request.adapter is not None and request.adapter not in self._loras:
             raise DataError(f"the adapter {request.adapter} is not among those that the engine was started with")
         lora = self._loras[request.adapter] if request.adapter is not None else None
-        outputs = self._engine.generate(tokens_input(ids), parameters, f"row-{next(self._numbers)}", lora_request=lora, priority=priority)
+        outputs = self._engine.generate(
+            tokens_input(ids), parameters, f"row-{next(self._numbers)}", lora_request=lora, priority=priority
+        )
         return [output async for output in outputs][-1]  # FINAL_ONLY: there is one
 
 

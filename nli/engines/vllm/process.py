@@ -78,10 +78,13 @@ class VLLMProcess:
     def _start(self) -> None:
         mine, theirs = socket.socketpair()
         root = str(Path(__file__).resolve().parents[3])  # the package may be found by this process's path alone
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
-            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # whoever asks torch for a GPU does not start CUDA, after which no fork could use it
-        }
+        environment = (
+            os.environ
+            | {
+                "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+                "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # whoever asks torch for a GPU does not start CUDA, after which no fork could use it
+            }
+        )
         environment.setdefault("TQDM_DISABLE", "1")  # vLLM's bars would fill the driver's log, line by line
         with theirs:
             self._process = subprocess.Popen(

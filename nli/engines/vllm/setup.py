@@ -87,12 +87,16 @@ def warm_up_with(parameters: "SamplingParams") -> None:
     SamplingParams.for_sampler_warmup = staticmethod(lambda: parameters)
 
 
-def build_arguments(settings: EngineSettings, adapters: Sequence[AdapterShape], longest: int, memory_share: float) -> dict:
+def build_arguments(
+    settings: EngineSettings, adapters: Sequence[AdapterShape], longest: int, memory_share: float
+) -> dict:
     """Arguments of vLLM's AsyncEngineArgs. `longest` is the model's own limit of tokens. Raises ModelError for what vLLM cannot do."""
     if settings.precision not in QUANTIZATION:
         raise ModelError(f"The precision {settings.precision} is not for engine vllm. Take engine transformers.")
     if settings.compute_dtype != "bf16":
-        raise ModelError(f"Engine vllm computes in bf16, not in {settings.compute_dtype}. Give compute_dtype bf16, or take engine transformers.")
+        raise ModelError(
+            f"Engine vllm computes in bf16, not in {settings.compute_dtype}. Give compute_dtype bf16, or take engine transformers."
+        )
     decoding = settings.decoding
     length = min(longest, max(USUAL_LENGTH, PROMPT_ROOM + decoding.max_new_tokens))
     rows = settings.batch_size or MOST_ROWS
@@ -106,7 +110,9 @@ def build_arguments(settings: EngineSettings, adapters: Sequence[AdapterShape], 
         "skip_tokenizer_init": True,  # rows come and go as ids
         "generation_config": "vllm",  # no sampling parameters or stop tokens from the model's folder: a request has all of them
         "dtype": "bfloat16",
-        "hf_overrides": {"head_dtype": "float32"},  # logits in fp32: in bf16 they are coarse enough to move a probability by 0.03
+        "hf_overrides": {
+            "head_dtype": "float32"
+        },  # logits in fp32: in bf16 they are coarse enough to move a probability by 0.03
         "quantization": QUANTIZATION[settings.precision],
         "kv_cache_dtype": "auto" if settings.kv_cache_dtype == "bf16" else settings.kv_cache_dtype,
         "max_model_len": length,
@@ -117,7 +123,8 @@ def build_arguments(settings: EngineSettings, adapters: Sequence[AdapterShape], 
         "compilation_config": {"mode": "none", "cudagraph_mode": "full_decode_only"},
         "cudagraph_capture_sizes": capture_sizes(rows),
         "gpu_memory_utilization": memory_share,
-        "enable_prefix_caching": (reads_labels and not decoding.no_cot) or decoding.temperature > 0,  # second passes over a row, samples of one prompt
+        "enable_prefix_caching": (reads_labels and not decoding.no_cot)
+        or decoding.temperature > 0,  # second passes over a row, samples of one prompt
         "scheduling_policy": "priority",  # a row whose text is done reads its label before new rows start, while its blocks are in the cache
         "distributed_executor_backend": "uni",  # one GPU: the engine's process is the worker; inside a Ray actor too
         "worker_extension_cls": "nli.engines.vllm.worker.WorkerExtension",
@@ -158,7 +165,9 @@ def share_of_memory(device: str) -> float:
     free = (total - used - SPARE_MIB) / total
     if free < 0.05:
         cure = "End the process that uses it, or take another GPU."
-        raise ModelError(f"The GPU has {total - used:,} of {total:,} MiB free, too little to start an engine on. {cure}")
+        raise ModelError(
+            f"The GPU has {total - used:,} of {total:,} MiB free, too little to start an engine on. {cure}"
+        )
     return min(MEMORY_SHARE, int(free * 100) / 100)
 
 

@@ -25,14 +25,19 @@ class WorkerExtension:
         """The most GPU memory that torch held in this process, in GB (10**9 bytes), and the seconds that compiling took."""
         import torch
 
-        return {"peak_memory_gb": torch.cuda.max_memory_reserved() / 1e9, "compile_seconds": float(self.compilation_config.compilation_time)}
+        return {
+            "peak_memory_gb": torch.cuda.max_memory_reserved() / 1e9,
+            "compile_seconds": float(self.compilation_config.compilation_time),
+        }
 
 
 def end_with(owner: int) -> None:
     """Kill this process as soon as its parent is not `owner`."""
     while os.getppid() == owner:
         time.sleep(_LOOK_SECONDS)
-    os.kill(os.getpid(), signal.SIGKILL)  # no cleaning up: the GPU's memory goes back with the process, and a clean end may hang
+    os.kill(
+        os.getpid(), signal.SIGKILL
+    )  # no cleaning up: the GPU's memory goes back with the process, and a clean end may hang
 
 
 if OWNER in os.environ and int(os.environ[OWNER]) != os.getpid():
